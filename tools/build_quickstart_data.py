@@ -1,0 +1,176 @@
+"""Builds the quickstart data: one folder per emoji, drawn in four styles to train on and in a fifth to evaluate on."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from zoo.tools.quickstart.attribution import attribution
+from zoo.tools.quickstart.classes import MIN_STYLES, EmojiClass, choose, key
+from zoo.tools.quickstart.packages import PACKAGES, Package, obtain, read_members
+from zoo.tools.quickstart.pictures import close_pairs, decode, encode, normalise, thumbprint
+from zoo.tools.quickstart.samples import write_samples
+
+INDISTINCT = 0.01  # below this difference two pictures of one style cannot be told apart
+CONFUSABLE = 0.06  # below this one they are worth a line in the report
+
+Drawing = tuple[bytes, np.ndarray]  # the PNG file and its thumbprint
+
+app = typer.Typer(add_completion=False, help=__doc__)
+console = Console(stderr=True)
+
+
+def build(root: Path, *, packages: Sequence[Package] = PACKAGES, tarballs: Path | None = None) -> dict[str, Any]:
+    """Builds the data folder; the same packages always give the same bytes.
+
+    It holds ``train/<slug>/<style>.png`` and ``test/<slug>/<held-out style>.png`` (RGBA, 128 x 128, transparent),
+    ``classes.json`` (slug, name, group and hexcode, sorted by slug as an ImageFolder is), ``ATTRIBUTION.md`` and
+    ``report.json`` (what was counted, left out and found to look alike).
+
+    Args:
+        root: Where to build. An earlier build there is replaced once the new one is complete.
+        packages: Pinned packages: training styles, one held-out style, and emojibase, which names the emoji.
+        tarballs: Folder with the packages' tarballs; without it npm downloads them to ``root/cache``.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileNotFoundError: A tarball, or npm, is missing.
+        RuntimeError: npm failed.
+        ValueError: A tarball is not the pinned one, or ``root`` holds a ``train`` folder that this tool did not build.
+    """
+    scratch = root / ".building"
+    if (root / "train").exists() and not (root / "classes.json").exists() and not scratch.exists():
+        raise ValueError(f"{root} has a train folder that was not built by this tool: choose another folder.")
+    paths = obtain(packages, tarballs or root / "cache", console, download=tarballs is None)
+    sources = {
+        package: {key(Path(name).stem): data for name, data in read_members(paths[package], package.folder).items()}
+        for package in packages
+        if package.style
+    }
+    (held_out,) = (package.style for package in packages if package.held_out)
+    (emojibase,) = (package for package in packages if not package.style)
+    tables = {
+        name: json.loads(data)
+        for name, data in read_members(paths[emojibase], emojibase.folder).items()
+        if name in ("data.json", "messages.json")
+    }
+    drawn = {package.style: codes.keys() for package, codes in sources.items()}
+    candidates = choose(tables["data.json"], tables["messages.json"], drawn, held_out)
+
+    drawings: dict[str, dict[str, Drawing]] = {}
+    for package, codes in sources.items():
+        wanted = {chosen.slug: codes[chosen.hexcode] for chosen in candidates if chosen.hexcode in codes}
+        with ThreadPoolExecutor() as pool:
+            made = track(
+                pool.map(_draw, wanted.values()),
+                package.style,
+                len(wanted),
+                console=console,
+                disable=not console.is_terminal,
+            )
+            drawings[package.style] = dict(zip(wanted, made))
+    classes, report = _distinct(candidates, drawings, held_out)
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    for style, pictures in drawings.items():
+        for slug, (data, _) in pictures.items():
+            folder = scratch / ("test" if style == held_out else "train") / slug
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{style}.png").write_bytes(data)
+    _write_json(scratch / "classes.json", [chosen.json() for chosen in classes])
+    _write_json(scratch / "report.json", report)
+    (scratch / "ATTRIBUTION.md").write_text(attribution(packages), encoding="utf-8")
+    for made in sorted(scratch.iterdir()):
+        if (root / made.name).is_dir():
+            shutil.rmtree(root / made.name)
+        os.replace(made, root / made.name)
+    scratch.rmdir()
+    return report
+
+
+def _draw(source: bytes) -> Drawing:
+    picture = normalise(decode(source))
+    return encode(picture), thumbprint(picture)
+
+
+def _distinct(
+    candidates: Sequence[EmojiClass], drawings: dict[str, dict[str, Drawing]], held_out: str
+) -> tuple[list[EmojiClass], dict[str, Any]]:
+    """Removes from ``drawings`` what cannot be told apart, and returns the classes that remain, and the report.
+
+    A training picture that several classes share teaches nothing, so all of them lose it. In the held-out style the
+    class that comes first in Unicode's order keeps it, and the others are no classes: no answer could be right.
+    """
+    shared, gone = [], set()
+    for style, pictures in drawings.items():
+        for first, second, _ in close_pairs({slug: seen for slug, (_, seen) in pictures.items()}, INDISTINCT):
+            shared.append([style, first, second])
+            if style == held_out:
+                gone.add(second)
+    for style, first, second in shared:
+        if style != held_out:
+            drawings[style].pop(first, None)
+            drawings[style].pop(second, None)
+    training = [pictures for style, pictures in drawings.items() if style != held_out]
+    gone |= {c.slug for c in candidates if sum(c.slug in pictures for pictures in training) < MIN_STYLES}
+    for pictures in drawings.values():
+        for slug in gone & pictures.keys():
+            del pictures[slug]
+    classes = sorted((chosen for chosen in candidates if chosen.slug not in gone), key=lambda chosen: chosen.slug)
+    return classes, {
+        "classes": len(classes),
+        "pictures": {style: len(pictures) for style, pictures in drawings.items()},
+        "mebibytes": round(sum(len(data) for p in drawings.values() for data, _ in p.values()) / 2**20, 1),
+        "shared_pictures": shared,
+        "left_out_classes": sorted(gone),
+        "look_alikes": {
+            style: close_pairs({slug: seen for slug, (_, seen) in pictures.items()}, CONFUSABLE)
+            for style, pictures in drawings.items()
+        },
+    }
+
+
+def _write_json(path: Path, content: list | Mapping) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+Root = Annotated[Path, typer.Argument(help="Folder of the quickstart data.")]
+Tarballs = Annotated[
+    Path | None, typer.Option(help="Folder with the npm tarballs; without it they are downloaded to ROOT/cache.")
+]
+
+
+@app.command("build")
+def build_command(root: Root, tarballs: Tarballs = None) -> None:
+    """Build the data folder ROOT from the pinned npm packages."""
+    try:
+        report = build(root, tarballs=tarballs)
+    except (OSError, RuntimeError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    print(f"{report['classes']} classes, {report['pictures']} pictures, {report['mebibytes']} MiB in {root}")
+
+
+@app.command("samples")
+def samples_command(
+    root: Root, out: Annotated[Path, typer.Argument(help="Folder of the pictures.")], tarballs: Tarballs = None
+) -> None:
+    """Compose the demo's sample pictures from drawings of the held-out style; ROOT has been built before."""
+    try:
+        print(f"{len(write_samples(root, out, tarballs or root / 'cache'))} pictures in {out}")
+    except (OSError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The parts of the quickstart data builder: packages, classes, pictures and sample scenes."""

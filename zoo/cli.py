@@ -1,0 +1,320 @@
+"""The `zoo` command: name what is in pictures, embed them, look models up, convert checkpoints."""
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import timm
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from zoo.catalogue import CATALOGUE, DEFAULT_MODEL
+from zoo.checkpoints import convert_checkpoint
+from zoo.classifier import Classifier, Result, check_name
+from zoo.images import ImageError, find_images
+from zoo.sheet import LIMIT, THUMBNAIL, draw_sheet
+from zoo.stages import stage_table
+
+
+class _Commands(TyperGroup):
+    """Commands whose user errors are one sentence on stderr and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        warnings.filterwarnings("ignore", module="PIL")  # said again, and better, by ImageError
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            named = isinstance(error, OSError) and error.filename and error.strerror
+            typer.echo(f"zoo: {f'{error.filename}: {error.strerror}.' if named else error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Pictures, folders, or globs in quotes.")]
+Model = Annotated[str, typer.Option(help="Any zoo or timm model.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Weights to load: a file, a URL or hf-hub:owner/repo.")]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures that go through the model at once.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; by default a GPU if there is one.")]
+Amp = Annotated[bool, typer.Option("--amp", help="Compute in half precision where that is safe.")]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")]
+Urls = Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Linear-complexity vision backbones: name what is in pictures, embed them, look models up."""
+    if show_version:
+        typer.echo(f"zoo {version('linear-vision-zoo')}")
+        raise typer.Exit
+
+
+@app.command()
+def classify(
+    paths: Paths,
+    model: Model = DEFAULT_MODEL,
+    checkpoint: Checkpoint = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one class name per line.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Names per picture.")] = 5,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Also draw an annotated sheet: a .png file.")] = None,
+    batch_size: Batch = 16,
+    device: Device = None,
+    amp: Amp = False,
+    workers: Workers = 2,
+    allow_urls: Urls = False,
+) -> None:
+    """Name what is in pictures. Exit code 1 if some could not be read, 2 if none could."""
+    _check_suffix(out, ".png")
+    classifier = Classifier(
+        model,
+        checkpoint=checkpoint,
+        labels=labels and labels.read_text(encoding="utf-8").splitlines(),
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    _classify(classifier, model, *find_images(paths, allow_urls), top_k=top_k, as_json=as_json, out=out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Where to draw the sheet.")] = Path("demo/sheet.png")) -> None:
+    """Name what is in the packaged sample pictures, with the packaged model."""
+    _check_suffix(out, ".png")
+    samples = find_images([str(files("zoo") / "samples")])
+    _classify(Classifier(), DEFAULT_MODEL, *samples, top_k=5, as_json=False, out=out)
+
+
+@app.command()
+def embed(
+    paths: Paths,
+    out: Annotated[Path, typer.Option(help="A .npy file (with the paths in a .json beside it) or a .parquet file.")],
+    model: Model = DEFAULT_MODEL,
+    checkpoint: Checkpoint = None,
+    batch_size: Batch = 16,
+    device: Device = None,
+    amp: Amp = False,
+    workers: Workers = 2,
+    allow_urls: Urls = False,
+) -> None:
+    """Turn pictures into feature vectors. Exit code 1 if some could not be read, 2 if none could."""
+    _check_suffix(out, ".npy", ".parquet")
+    if out.suffix == ".parquet":
+        _pyarrow()
+    classifier = Classifier(
+        model, checkpoint=checkpoint, device=device, amp=amp, batch_size=batch_size, workers=workers
+    )
+    sources, failed = find_images(paths, allow_urls)
+    done = _collect(classifier.embed_all(sources), len(sources), failed)
+    if done:
+        names, features = [result.source for result in done], np.stack([result.embedding for result in done])
+        save = _save_parquet if out.suffix == ".parquet" else _save_npy
+        save(out, names, features)
+        typer.echo(f"Wrote {features.shape[0]} vectors of {features.shape[1]} numbers to {out}")
+    _report(failed, len(done))
+
+
+@app.command("list")
+def list_models(
+    pattern: Annotated[str, typer.Argument(help="Names to list, such as 'van*'.")] = "*", as_json: Json = False
+) -> None:
+    """List the models of the zoo."""
+    entries = [entry for name, entry in CATALOGUE.items() if fnmatchcase(name, pattern)]
+    if not entries:
+        raise ValueError(f"No model of the zoo is called {pattern}: `zoo list` names them all.")
+    if as_json:
+        _print_json([dataclasses.asdict(entry) for entry in entries])
+        return
+    table = Table("Model", "Family", box=None, pad_edge=False)
+    for heading in ("Params", "MACs", "Top-1"):
+        table.add_column(heading, justify="right")
+    for heading in ("Licence", "Weights", "Golden"):
+        table.add_column(heading)
+    for entry in entries:
+        top1 = f"{entry.top1:.1f}" if entry.top1 else ""
+        facts = (_short(entry.params), _short(entry.macs), top1, entry.licence, entry.weights)
+        table.add_row(entry.name, entry.family, *facts, "yes" if entry.golden else "no")
+    _console().print(table)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A zoo or timm model.")],
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the picture.")] = 224,
+    as_json: Json = False,
+) -> None:
+    """Show what is known of a model, and what each of its stages puts out and costs."""
+    check_name(name)
+    facts = dataclasses.asdict(CATALOGUE[name]) if name in CATALOGUE else {"name": name}
+    rows = stage_table(timm.create_model(name), (size, size))
+    if as_json:
+        _print_json({**facts, "size": size, "stages": [dataclasses.asdict(row) for row in rows]})
+        return
+    console = _console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in facts.items():
+        text = _short(value) if key in ("params", "macs") else {True: "yes", False: "no", None: ""}.get(value, value)
+        table.add_row(key, Text(str(text)))
+    console.print(table, "")
+    table = Table("Stage", "Output", box=None, pad_edge=False)
+    table.add_column("Params", justify="right")
+    table.add_column(f"MACs at {size}", justify="right")
+    for row in rows:
+        table.add_row(row.name, " x ".join(map(str, row.shape)), f"{row.params:,}", _short(row.macs))
+    console.print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint: a file, a URL or hf-hub:owner/repo.")],
+    destination: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    model: Annotated[str, typer.Option(help="The model that the checkpoint belongs to.")],
+    which: Annotated[str, typer.Option(help="Which weights, where the file has several: model, ema or auto.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Rewrite a checkpoint of the authors, of timm or of the zoo as safetensors in the zoo's names."""
+    check_name(model)
+    report = convert_checkpoint(source, destination, model, which=which, overwrite=overwrite)
+    typer.echo(f"Wrote {destination}: {report}")
+
+
+def _classify(
+    classifier: Classifier,
+    model: str,
+    sources: Sequence[str],
+    failed: list[ImageError],
+    *,
+    top_k: int,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    results = classifier.predict_all(sources, top_k, THUMBNAIL if out else 0)
+    done = _collect(results, len(sources), failed)
+    if as_json:
+        found = [{"source": result.source, **dataclasses.asdict(result.prediction)} for result in done]
+        _print_json({"model": model, "results": found, "failed": [vars(error) for error in failed]})
+    elif done:
+        _console().print(_table(done))
+    if out and done:
+        with _replacing(out) as part:
+            draw_sheet(done, f"{model} · {classifier.model.num_classes:,} classes").save(part, "PNG")
+        typer.echo(f"Wrote {out}", err=as_json)
+    _report(failed, len(done))
+
+
+def _collect(results: Iterable[Result], total: int, failed: list[ImageError]) -> list[Result]:
+    """The results that are no errors; the errors are added to `failed`."""
+    console = Console(stderr=True)
+    done: list[Result] = []
+    for result in track(results, "", total, console=console, transient=True, disable=not console.is_terminal):
+        if result.error:
+            failed.append(result.error)
+        else:  # more thumbnails than a sheet shows would only fill the memory
+            done.append(result if len(done) < LIMIT else dataclasses.replace(result, thumbnail=None))
+    return done
+
+
+def _report(failed: Sequence[ImageError], done: int) -> None:
+    """Say on stderr what failed and why, and end with the exit code that tells."""
+    if failed:
+        typer.echo(f"{len(failed)} of {len(failed) + done} failed:", err=True)
+        for error in failed:
+            typer.echo(f"  {error}", err=True)
+        raise typer.Exit(1 if done else 2)
+
+
+def _table(results: Sequence[Result]) -> Table:
+    folders = {os.path.dirname(result.source) for result in results}
+    shared = folders.pop() if len(folders) == 1 else ""
+    table = Table("Picture", "Name", "", box=None, pad_edge=False, title=shared or None, title_justify="left")
+    table.add_column("Probability", justify="right")
+    for result in results:
+        picture = os.path.relpath(result.source, shared) if shared else result.source
+        for name, probability in zip(result.prediction.names, result.prediction.probabilities):
+            bar = ProgressBar(1.0, probability, width=20, finished_style="bar.complete")
+            table.add_row(Text(picture), Text(name), bar, f"{probability:.1%}", style="bold" if picture else "")
+            picture = ""
+    return table
+
+
+def _console() -> Console:
+    """Rich would fold everything that is piped at 80 columns."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _short(number: int | None) -> str:
+    if not number:
+        return ""
+    unit, letter = (1e9, "G") if number >= 1e9 else (1e6, "M") if number >= 1e6 else (1e3, "k")
+    return f"{number / unit:.2f} {letter}"
+
+
+def _check_suffix(path: Path | None, *suffixes: str) -> None:
+    """Before the work is done: a wrong name is no reason to lose it."""
+    if path and path.suffix not in suffixes:
+        raise ValueError(f"--out {path} does not end in {' or '.join(suffixes)}.")
+    if path and path.is_dir():
+        raise ValueError(f"--out {path} is a folder.")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to in the same folder, which takes the place of `path` when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _save_npy(path: Path, names: Sequence[str], features: np.ndarray) -> None:
+    with _replacing(path.with_suffix(".json")) as part:
+        part.write_text(json.dumps(names, indent=0, ensure_ascii=False), encoding="utf-8")
+    with _replacing(path) as part, part.open("wb") as file:
+        np.save(file, features)
+
+
+def _save_parquet(path: Path, names: Sequence[str], features: np.ndarray) -> None:
+    pyarrow, parquet = _pyarrow()
+    embedding = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), features.shape[1])
+    with _replacing(path) as part:
+        parquet.write_table(pyarrow.table({"path": names, "embedding": embedding}), part)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError("A .parquet file needs pyarrow: pip install 'linear-vision-zoo[export]'.") from None
+    return pyarrow, parquet
