@@ -13,17 +13,12 @@ for name, folder in FOLDERS.items():
 dense: list[str] = []
 mllm: list[str] = []
 serve: list[str] = []
-export: list[str] = []
+export = ["pyarrow"]
 train = ["accelerate>=1.0", "tensorboard", "pyyaml", "resvg_py>=0.3"]
-extras = {
-    "dense": dense,
-    "mllm": mllm,
-    "serve": serve,
-    "export": export,
-    "train": train,
-    "all": [*dense, *mllm, *serve, *export, *train],
-    "dev": [*train, "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "build", "pyarrow"],
-}
+everything = [*dense, *mllm, *serve, *export, *train]
+checks = ["build", "hypothesis", "pre-commit", "pytest>=8", "pytest-xdist", "setuptools>=77", "transformers"]
+# The formatter's output differs between its versions, so there is one version of it.
+formatter = ["ruff==0.17.6"]
 
 setup(
     name="linear-vision-zoo",
@@ -32,6 +27,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[*packages, "zoo.configs"],
     package_dir={**FOLDERS, "zoo.configs": "configs"},
@@ -46,10 +42,19 @@ setup(
         "pillow",
         "safetensors",
         "huggingface_hub",
+        "filelock",
         "numpy",
         "typer>=0.15",
         "rich",
     ],
-    extras_require=extras,
+    extras_require={
+        "dense": dense,
+        "mllm": mllm,
+        "serve": serve,
+        "export": export,
+        "train": train,
+        "all": everything,
+        "dev": [*everything, *checks, *formatter],
+    },
     entry_points={"console_scripts": ["zoo = zoo.cli:app"]},
 )

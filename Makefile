@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Python 3.10 to 3.13 and make, and bring the rest. Both may be repeated.
+#   make demo PYTHON=python3.12   another Python
+#   make test VENV=path           an environment that exists: it keeps its torch (2.9 or newer) and what else it has
+
+PYTHON ?= python3
+VENV ?= .venv
+python := $(VENV)/bin/python
+
+.PHONY: demo test lint conformance bench clean
+
+demo: $(VENV)/.zoo-base  ## name what is in the packaged pictures and draw demo/sheet.png
+	$(python) -m zoo demo
+
+# Each of the two workers computes with one thread, as many as there are cores on a small machine.
+test: export OMP_NUM_THREADS ?= 1
+test: lint  ## lint and the whole test suite
+	$(python) -m pytest -n 2
+
+lint: $(VENV)/.zoo-dev
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+conformance: $(VENV)/.zoo-dev  ## timm's own test suite on every model
+	$(python) -m zoo.tools.conformance
+
+bench: $(VENV)/.zoo-dev  ## images per second and memory of the models
+	$(python) -m zoo.tools.benchmark_models
+
+clean:  ## everything that can be made again, but not the environment
+	rm -rf build dist demo *.egg-info .conformance .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# A copied environment, or one shared by two checkouts, still points at the other checkout: install again.
+$(shell [ "$$(cat $(VENV)/.zoo-root 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(VENV)/.zoo-*)
+
+$(VENV)/.zoo-base: extra :=
+$(VENV)/.zoo-dev: extra := [dev]
+$(VENV)/.zoo-base $(VENV)/.zoo-dev: setup.py pyproject.toml constraints.txt | $(python)
+	@$(python) -m pip --version >/dev/null || $(python) -m ensurepip
+	$(python) tools/install_constraints.py constraints.txt > $(VENV)/.zoo-constraints
+	$(python) -m pip install --constraint $(VENV)/.zoo-constraints --editable '.$(extra)'
+	@echo "$(CURDIR)" > $(VENV)/.zoo-root
+	@touch $@
+
+$(python):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { found=$$($(PYTHON) -V 2>&1) || \
+	found="not found"; echo "Python 3.10 to 3.13 is needed, but $(PYTHON) is $$found: try make PYTHON=python3.12"; exit 1; } >&2
+	$(PYTHON) -m venv --prompt linear-vision-zoo $(VENV)

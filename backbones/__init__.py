@@ -1,0 +1,9 @@
+"""The families of the zoo, one file each, registered with timm.
+
+The repository's folder ``backbones`` is the package ``zoo.backbones``. Imported under its bare name it does nothing.
+"""
+
+if __name__ == "zoo.backbones":
+    from zoo.backbones import ravlt, van
+
+    __all__ = ["ravlt", "van"]

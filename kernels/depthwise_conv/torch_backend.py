@@ -1,0 +1,85 @@
+"""The depthwise convolution through PyTorch's own convolutions, on channels-last memory."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, residual: bool) -> Tensor:
+    """As ``depthwise_conv2d``."""
+    bias = bias if bias is None else bias.to(x.dtype)
+    phased = _Phases(x, dilation) if stride == 1 else None
+    if phased:
+        y = phased.join(_convolve(phased.split(x), weight.to(x.dtype), bias, 1, 1))
+    else:
+        y = _convolve(x, weight.to(x.dtype), bias, stride, dilation)
+    return y.add_(x) if residual else y
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: int, dilation: int, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; the last is empty without a bias."""
+    phased = _Phases(x, dilation) if stride == 1 else None
+    inputs = (phased.split(grad), phased.split(x), 1, 1) if phased else (grad, x, stride, dilation)
+    grad_x, grad_weight = _convolve_backward(*inputs[:2], weight.to(x.dtype), *inputs[2:])
+    if phased:
+        grad_x = phased.join(grad_x)
+    grad_x = grad_x + grad if residual else grad_x
+    grad_bias = grad.sum((0, 1, 2), dtype=weight.dtype) if has_bias else grad.new_empty(0, dtype=weight.dtype)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int) -> Tensor:
+    padding = dilation * (weight.shape[-1] // 2)
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding, dilation, groups=weight.shape[0])
+    return y.permute(0, 2, 3, 1).contiguous()
+
+
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor]:
+    padding = dilation * (weight.shape[-1] // 2)
+    grad_x, grad_weight, _ = aten.convolution_backward(
+        grad.permute(0, 3, 1, 2),
+        x.permute(0, 3, 1, 2),
+        weight,
+        None,
+        [stride] * 2,
+        [padding] * 2,
+        [dilation] * 2,
+        False,
+        [0, 0],
+        weight.shape[0],
+        [True, True, False],
+    )
+    return grad_x.permute(0, 2, 3, 1).contiguous(), grad_weight
+
+
+class _Phases:
+    """A dilated convolution on a CPU as an undilated one.
+
+    Taps that are ``dilation`` apart meet only tokens whose row and column have the same remainder, so a map falls apart
+    into dilation^2 smaller maps. PyTorch has a fast depthwise kernel for the CPU only without dilation.
+    """
+
+    def __init__(self, x: Tensor, dilation: int) -> None:
+        self.dilation, self.shape = dilation, x.shape
+        self.rows, self.columns = (-(-side // dilation) for side in x.shape[1:3])
+        self.needed = dilation > 1 and x.device.type == "cpu"
+
+    def __bool__(self) -> bool:
+        return self.needed
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B d d, ceil(H / d), ceil(W / d), C), zeros where the map ends."""
+        d, (batch, height, width, channels) = self.dilation, self.shape
+        x = F.pad(x, (0, 0, 0, self.columns * d - width, 0, self.rows * d - height))
+        x = x.view(batch, self.rows, d, self.columns, d, channels).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(-1, self.rows, self.columns, channels)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The inverse of ``split``."""
+        d, (batch, height, width, channels) = self.dilation, self.shape
+        x = x.view(batch, d, d, self.rows, self.columns, channels).permute(0, 3, 1, 4, 2, 5)
+        return x.reshape(batch, self.rows * d, self.columns * d, channels)[:, :height, :width].contiguous()

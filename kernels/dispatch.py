@@ -1,0 +1,49 @@
+"""Which backend computes an operator.
+
+``ZOO_KERNELS`` is ``auto`` (Triton on a GPU where the operator has a Triton backend, PyTorch elsewhere), ``torch`` or
+``triton``; asking for Triton where it cannot run is an error that says why.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+
+CHOICES = ("auto", "triton", "torch")
+
+
+def select_backend(op: str, backends: Mapping[str, Callable], device: torch.device) -> Callable:
+    """The implementation of an operator for tensors on a device.
+
+    Args:
+        op: name of the operator, for messages.
+        backends: implementations by backend; "torch" is always there.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: ``ZOO_KERNELS`` is not one of the choices.
+        RuntimeError: ``ZOO_KERNELS=triton`` and Triton cannot compute this operator there.
+    """
+    wanted = os.environ.get("ZOO_KERNELS", "auto")
+    if wanted not in CHOICES:
+        raise ValueError(f"ZOO_KERNELS={wanted!r} is not one of {', '.join(CHOICES)}.")
+    if wanted == "torch":
+        return backends["torch"]
+    obstacle = _obstacle(backends, device)
+    if wanted == "triton" and obstacle:
+        raise RuntimeError(
+            f"ZOO_KERNELS=triton, but {op} cannot run on Triton because {obstacle}: set ZOO_KERNELS=auto."
+        )
+    return backends["torch" if obstacle else "triton"]
+
+
+def _obstacle(backends: Mapping[str, Callable], device: torch.device) -> str:
+    """Why Triton cannot compute an operator on a device; empty if it can."""
+    if "triton" not in backends:
+        return "it has no Triton backend yet"
+    if device.type != "cuda":
+        return f"its tensors are on the {device.type} device, not on a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return ""

@@ -1,0 +1,144 @@
+"""2D linear attention as one PyTorch operator, ``zoo::linear_attention``."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.dispatch import select_backend
+from zoo.kernels.library import check_float, check_shape, register_op
+from zoo.kernels.linear_attention import torch_backend
+from zoo.kernels.linear_attention.reference import FEATURE_MAPS
+from zoo.kernels.linear_attention.torch_backend import Settings
+
+NAME = "linear_attention"
+MAX_HEAD_DIM = 256
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str = "elu+1",
+    token_weights: bool = False,
+    grid: tuple[int, int] | None = None,
+    rotary_base: float = 10000.0,
+    local: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Normalised, non-causal linear attention over all tokens; the formula is in ``reference.py``.
+
+    The tensors may be strided views of one projection. Any floating-point dtype; sums and states are kept in float32
+    or better.
+
+    Args:
+        q: queries (B, N, H, D), D at most 256.
+        k: keys (B, N, H, D).
+        v: values (B, N, H, E), E at most 256.
+        feature_map: "elu+1", "relu", "exp" or "identity", of queries and keys.
+        token_weights: weigh the tokens of the state by a softmax of the mean query against the keys (RALA, eq. 5-7).
+        grid: rows and columns of the map, rows * columns = N, to rotate queries and keys by their positions in the
+            numerator; D must be a multiple of 4. None for no rotation.
+        rotary_base: largest wavelength of the rotation over 2 pi, in tokens.
+        local: (B, N, H, E), added to the result.
+        gate: (B, N, H, E), multiplied with the sum.
+        eps: added to the normaliser.
+
+    Returns:
+        (B, N, H, E), contiguous, in the dtype of q.
+
+    Raises:
+        ValueError: an argument has another shape, dtype or value.
+    """
+    height, width = (0, 0) if grid is None else grid
+    return torch.ops.zoo.linear_attention(
+        q, k, v, local, gate, feature_map, token_weights, height, width, rotary_base, eps
+    )
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings) -> None:
+    """Raise a ValueError for arguments that the operator does not take."""
+    check_float(NAME, q=q, k=k, v=v, local=local, gate=gate)
+    if q.ndim != 4:
+        raise ValueError(f"{NAME}: q has shape {tuple(q.shape)}, expected (B, N, heads, head_dim).")
+    check_shape(NAME, "k", k, q.shape, "the shape of q")
+    check_shape(NAME, "v", v, (*q.shape[:3], v.shape[-1]), "(B, N, heads, value_dim)")
+    check_shape(NAME, "local", local, v.shape, "the shape of v")
+    check_shape(NAME, "gate", gate, v.shape, "the shape of v")
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM or not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{NAME}: the head dims of q and v are {q.shape[-1]} and {v.shape[-1]}, expected 1 to {MAX_HEAD_DIM}."
+        )
+    if settings.feature_map not in FEATURE_MAPS:
+        raise ValueError(f"{NAME}: feature_map is {settings.feature_map!r}, expected one of {', '.join(FEATURE_MAPS)}.")
+    if settings.height or settings.width:
+        if settings.height * settings.width != q.shape[1]:
+            raise ValueError(f"{NAME}: grid is {settings.height} x {settings.width}, but q has {q.shape[1]} tokens.")
+        if q.shape[-1] % 4:
+            raise ValueError(f"{NAME}: rotation needs a head dim that is a multiple of 4, got {q.shape[-1]}.")
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *rest: Any) -> Tensor:
+    """The forward pass on the backend for the device of q."""
+    settings = Settings(*rest)
+    check(q, k, v, local, gate, settings)
+    if v.numel() == 0:
+        return q.new_empty(v.shape)
+    return select_backend(NAME, {"torch": torch_backend.forward}, q.device)(q, k, v, local, gate, settings)
+
+
+def compute_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass on the backend for the device of q."""
+    if v.numel() == 0:
+        return tuple(x.zero_() for x in _fake_backward(grad, q, k, v, local, gate))
+    backend = select_backend(NAME, {"torch": torch_backend.backward}, q.device)
+    return backend(grad, q, k, v, local, gate, Settings(*rest))
+
+
+def flops(q: Any, k: Any, v: Any, local: Any, gate: Any, feature_map: str, token_weights: bool, *_: Any, **__: Any) -> int:
+    """Two per multiply-accumulate of the state, the read-out, the normaliser and the scores of the token weights."""
+    tokens, dim, value_dim = math.prod(q[:3]), q[3], v[3]
+    return 2 * tokens * (2 * dim * value_dim + (2 if token_weights else 1) * dim)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *rest: Any) -> Tensor:
+    check(q, k, v, local, gate, Settings(*rest))
+    return q.new_empty(v.shape)
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, local, gate))
+
+
+def _flops_backward(grad: Any, *inputs: Any, **__: Any) -> int:
+    """The state again, and two products for each of the forward pass's."""
+    return 3 * flops(*inputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    tensors, ctx.settings = inputs[:5], inputs[5:]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    grads = torch.ops.zoo.linear_attention_backward(grad, *tensors, *ctx.settings)
+    return *(None if x is None else d for x, d in zip(tensors, grads, strict=True)), *(None for _ in ctx.settings)
+
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? local, Tensor? gate"
+_SETTINGS = "str feature_map, bool token_weights, SymInt height, SymInt width, float rotary_base, float eps"
+_name = register_op(f"{NAME}({_TENSORS}, {_SETTINGS}) -> Tensor", compute, _fake, flops)
+register_op(
+    f"{NAME}_backward(Tensor grad, {_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    compute_backward,
+    _fake_backward,
+    _flops_backward,
+)
+torch.library.register_autograd(_name, _backward, setup_context=_setup_context)

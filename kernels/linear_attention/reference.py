@@ -1,0 +1,78 @@
+"""The definition of 2D linear attention, with the rank augmentation of RALA (arXiv:2411.07635).
+
+Shapes: B pictures, N tokens, H heads, D channels of queries and keys, E channels of values.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.kernels.library import accumulation_dtype
+from zoo.kernels.rotary import rotary_angles, rotate
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "elu+1": lambda x: F.elu(x) + 1,
+    "exp": torch.exp,
+}
+
+
+def linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str = "elu+1",
+    token_weights: bool = False,
+    grid: tuple[int, int] | None = None,
+    rotary_base: float = 10000.0,
+    local: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Normalised linear attention.
+
+    With the feature map f, the rotation R_n of token n and weights w_n that sum to N::
+
+        m   = mean_n f(q_n)
+        w   = N softmax_n(m . f(k_n) / sqrt(D))                  or 1 without token_weights
+        S   = sum_n R_n(w_n f(k_n)) v_n^T / N                    (D, E)
+        o_n = R_n(f(q_n)) S / (f(q_n) . mean_j(w_j f(k_j)) + eps)
+        y_n = (o_n + local_n) * gate_n
+
+    The normaliser uses what is not rotated.
+
+    Args:
+        q: (B, N, H, D).
+        k: (B, N, H, D).
+        v: (B, N, H, E).
+        feature_map: one of ``FEATURE_MAPS``.
+        token_weights: weigh the tokens of the state.
+        grid: rows and columns of the map, for the rotation; None for no rotation.
+        rotary_base: of ``rotary_angles``.
+        local: (B, N, H, E).
+        gate: (B, N, H, E).
+        eps: added to the normaliser.
+
+    Returns:
+        (B, N, H, E) in the dtype of q.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    tokens, dim = q.shape[1], q.shape[-1]
+    q_bhnd, k_bhnd, v_bhne = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    q_bhnd, k_bhnd = FEATURE_MAPS[feature_map](q_bhnd), FEATURE_MAPS[feature_map](k_bhnd)
+    if token_weights:
+        mean_bh1d = q_bhnd.mean(2, keepdim=True)
+        scores_bhn1 = (k_bhnd * mean_bh1d).sum(-1, keepdim=True) * dim**-0.5
+        k_bhnd = k_bhnd * (scores_bhn1.softmax(2) * tokens)
+    normaliser_bhn1 = (q_bhnd * k_bhnd.mean(2, keepdim=True)).sum(-1, keepdim=True) + eps
+    if grid is not None:
+        angles_nd = rotary_angles(*grid, dim, rotary_base, q.device, dtype)
+        q_bhnd, k_bhnd = (rotate(x, angles_nd.cos(), angles_nd.sin()) for x in (q_bhnd, k_bhnd))
+    state_bhde = k_bhnd.transpose(2, 3) @ v_bhne / tokens
+    y = (q_bhnd @ state_bhde / normaliser_bhn1).transpose(1, 2)
+    if local is not None:
+        y = y + local.to(dtype)
+    if gate is not None:
+        y = y * gate.to(dtype)
+    return y.to(q.dtype)

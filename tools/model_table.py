@@ -1,0 +1,53 @@
+"""Writes the table of models into a Markdown file, from the catalogue, between two markers."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from zoo.catalogue import CATALOGUE, Entry
+
+BEGIN, END = "<!-- models: written by zoo.tools.model_table -->", "<!-- end of models -->"
+HEADINGS = ("Model", "Paper", "Parameters", "MACs at 224", "Top-1", "Golden", "Weights", "Their licence")
+ALIGNMENT = ("---", "---", "--:", "--:", "--:", ":-:", "---", "---")
+
+
+def model_table() -> str:
+    """The catalogue as a Markdown table, a row for each model."""
+    rows = [HEADINGS, ALIGNMENT, *map(_row, CATALOGUE.values())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def with_table(text: str) -> str:
+    """A text with the table of models between its markers.
+
+    Args:
+        text: Markdown that holds the two markers once, each on a line of its own.
+
+    Raises:
+        ValueError: it does not.
+    """
+    before, begin, rest = text.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not (begin and end):
+        raise ValueError(f"There is no place for the table: expected the lines {BEGIN} and {END}.")
+    return f"{before}{begin}{model_table()}\n{end}{after}"
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    top1 = "" if entry.top1 is None else f"{entry.top1:.1f}"
+    golden = "yes" if entry.golden else ""
+    counts = f"{entry.params / 1e6:.1f} M", f"{entry.macs / 1e9:.2f} G"
+    return f"`{entry.name}`", entry.paper, *counts, top1, golden, entry.weights, entry.licence
+
+
+def main(path: Annotated[Path, typer.Argument(help="The Markdown file.")] = Path("README.md")) -> None:
+    """Write the table of models into a Markdown file, between its markers."""
+    text = with_table(path.read_text(encoding="utf-8"))
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
