@@ -8,25 +8,25 @@ python := $(VENV)/bin/python
 
 .PHONY: demo test lint conformance bench clean
 
-demo: $(VENV)/.zoo-base  ## name what is in the packaged pictures and draw demo/sheet.png
+demo: $(VENV)/.zoo-base  # name what is in the packaged pictures and draw demo/sheet.png
 	$(python) -m zoo demo
 
 # Each of the two workers computes with one thread, as many as there are cores on a small machine.
 test: export OMP_NUM_THREADS ?= 1
-test: lint  ## lint and the whole test suite
+test: lint  # lint and the whole test suite
 	$(python) -m pytest -n 2
 
 lint: $(VENV)/.zoo-dev
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 
-conformance: $(VENV)/.zoo-dev  ## timm's own test suite on every model
-	$(python) -m zoo.tools.conformance
+conformance: $(VENV)/.zoo-dev  # timm's own test suite on every model
+	$(python) -m zoo.tools.conformance '*' --workers 2
 
-bench: $(VENV)/.zoo-dev  ## images per second and memory of the models
-	$(python) -m zoo.tools.benchmark_models
+bench: $(VENV)/.zoo-dev  # images per second and memory of the models
+	$(python) -m zoo.tools.benchmark_models van_b0 van_b1 ravlt_tiny ravlt_small convnext_tiny --batch 8
 
-clean:  ## everything that can be made again, but not the environment
+clean:  # everything that can be made again, but not the environment
 	rm -rf build dist demo *.egg-info .conformance .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
@@ -40,7 +40,7 @@ $(VENV)/.zoo-base $(VENV)/.zoo-dev: setup.py pyproject.toml constraints.txt | $(
 	$(python) tools/install_constraints.py constraints.txt > $(VENV)/.zoo-constraints
 	$(python) -m pip install --constraint $(VENV)/.zoo-constraints --editable '.$(extra)'
 	@echo "$(CURDIR)" > $(VENV)/.zoo-root
-	@touch $@
+	@touch $(VENV)/.zoo-base $@
 
 $(python):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { found=$$($(PYTHON) -V 2>&1) || \

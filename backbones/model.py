@@ -1,13 +1,32 @@
 """What every family of the zoo shares: stages, head and the rest of timm's contract for a backbone."""
 
 from collections.abc import Iterable
+from importlib.resources import files
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+
+# The pretrained cfg of models trained on the quickstart data (tools/build_quickstart_data.py).
+QUICKSTART = {
+    "num_classes": 1327,
+    "input_size": (3, 96, 96),
+    "pool_size": (3, 3),
+    "crop_pct": 1.0,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "license": "apache-2.0",
+}
+
+
+def packaged(name: str) -> str:
+    """The file of the weights that come with the package for a model."""
+    return str(files("zoo") / "weights" / f"{name}_quickstart.safetensors")
 
 
 class Stage(nn.Module):

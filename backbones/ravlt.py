@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d, channels_first
 from zoo.backbones.layers.mlp import DepthwiseMlp
-from zoo.backbones.model import Backbone, Stage, build
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, packaged
 from zoo.kernels import linear_attention
 from zoo.kernels.rotary import rotary_angles, rotate
 
@@ -250,7 +250,7 @@ default_cfgs = generate_default_cfgs(
         "ravlt_small.in1k": _cfg(_URL.format("S")),
         "ravlt_base.in1k": _cfg(_URL.format("B")),
         "ravlt_large.in1k": _cfg(_URL.format("L")),
-        "ravlt_nano.untrained": _cfg(),
+        "ravlt_nano.quickstart": _cfg(**QUICKSTART, file=packaged("ravlt_nano")),
         "test_ravlt.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )

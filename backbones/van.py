@@ -10,19 +10,17 @@ and a 1x1 convolution, whose result gates its input.
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
-from importlib.resources import files
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d, channels_first
 from zoo.backbones.layers.mlp import DepthwiseMlp
-from zoo.backbones.model import Backbone, Stage, build
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
 from zoo.kernels import large_kernel_attention
 
 __all__ = ["VAN"]
@@ -208,7 +206,7 @@ default_cfgs = generate_default_cfgs(
         "van_b4.untrained": _cfg(),
         "van_b5.untrained": _cfg(),
         "van_b6.untrained": _cfg(),
-        "van_nano.untrained": _cfg(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
+        "van_nano.quickstart": _cfg(**QUICKSTART),
         "test_van.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )

@@ -1,15 +1,19 @@
 """Writes the table of models into a Markdown file, from the catalogue, between two markers."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from zoo.catalogue import CATALOGUE, Entry
 
 BEGIN, END = "<!-- models: written by zoo.tools.model_table -->", "<!-- end of models -->"
-HEADINGS = ("Model", "Paper", "Parameters", "MACs at 224", "Top-1", "Golden", "Weights", "Their licence")
+HEADINGS = ("Model", "Paper", "Parameters", "MACs", "Top-1", "Golden", "Weights", "Their licence")
 ALIGNMENT = ("---", "---", "--:", "--:", "--:", ":-:", "---", "---")
+ARXIV = re.compile(r"arXiv:(\S+)$")
+HUB = "hf-hub:"
 
 
 def model_table() -> str:
@@ -35,10 +39,15 @@ def with_table(text: str) -> str:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    top1 = "" if entry.top1 is None else f"{entry.top1:.1f}"
-    golden = "yes" if entry.golden else ""
+    paper = ARXIV.search(entry.paper)
+    family = f"[{entry.family}](https://arxiv.org/abs/{paper[1]})" if paper else entry.family
     counts = f"{entry.params / 1e6:.1f} M", f"{entry.macs / 1e9:.2f} G"
-    return f"`{entry.name}`", entry.paper, *counts, top1, golden, entry.weights, entry.licence
+    top1 = "" if entry.top1 is None else f"{entry.top1:.1f}"
+    weights = entry.weights
+    if weights.startswith(HUB):
+        name = weights.removeprefix(HUB)
+        weights = f"[{name}](https://huggingface.co/{name})"
+    return f"`{entry.name}`", family, *counts, top1, "yes" if entry.golden else "", weights, weights and entry.licence
 
 
 def main(path: Annotated[Path, typer.Argument(help="The Markdown file.")] = Path("README.md")) -> None:

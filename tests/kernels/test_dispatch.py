@@ -1,0 +1,41 @@
+"""The choice of a backend."""
+
+import pytest
+import torch
+from zoo.kernels.dispatch import select_backend
+
+from zoo.kernels import depthwise_conv2d
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BOTH = {"torch": "torch", "triton": "triton"}
+
+
+def test_auto(monkeypatch):
+    monkeypatch.delenv("ZOO_KERNELS", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert select_backend("op", BOTH, CPU) == "torch"
+    assert select_backend("op", BOTH, CUDA) == "triton"
+    assert select_backend("op", {"torch": "torch"}, CUDA) == "torch"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert select_backend("op", BOTH, CUDA) == "torch"
+
+
+def test_torch_is_always_there(monkeypatch):
+    monkeypatch.setenv("ZOO_KERNELS", "torch")
+    assert select_backend("op", BOTH, CUDA) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "reason"),
+    [(BOTH, CPU, "on the cpu device, not on a GPU"), ({"torch": "torch"}, CUDA, "has no Triton backend yet")],
+)
+def test_triton_where_it_cannot_run_says_why(backends, device, reason, monkeypatch):
+    monkeypatch.setenv("ZOO_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match=f"op cannot run on Triton because .*{reason}: set ZOO_KERNELS=auto"):
+        select_backend("op", backends, device)
+
+
+def test_a_wrong_choice_reaches_the_user(monkeypatch):
+    monkeypatch.setenv("ZOO_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="ZOO_KERNELS='cuda' is not one of auto, triton, torch"):
+        depthwise_conv2d(torch.zeros(1, 2, 2, 1), torch.zeros(1, 1, 3, 3))

@@ -1,0 +1,1 @@
+"""Training, conversion and measurement: run ``python -m zoo.tools.NAME``."""
