@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 # The pretrained cfg of models trained on the quickstart data (tools/build_quickstart_data.py).
 QUICKSTART = {
-    "num_classes": 1327,
+    "num_classes": 1332,
     "input_size": (3, 96, 96),
     "pool_size": (3, 3),
     "crop_pct": 1.0,

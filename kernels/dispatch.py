@@ -42,7 +42,8 @@ def _obstacle(backends: Mapping[str, Callable], device: torch.device) -> str:
     """Why Triton cannot compute an operator on a device; empty if it can."""
     if "triton" not in backends:
         return "it has no Triton backend yet"
-    if device.type != "cuda":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("ZOO_KERNELS") == "triton"
+    if device.type != "cuda" and not interpreted:
         return f"its tensors are on the {device.type} device, not on a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"

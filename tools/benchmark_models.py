@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -241,12 +242,14 @@ def _cpu_peak(name: str, settings: Settings, compiled: bool) -> int | None:
     """Bytes that a model and its steps add to a fresh process; other models would leave freed memory behind in ours."""
     if not (PROC / "clear_refs").exists():
         return None
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_resident_growth, (name, settings, compiled))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_resident_growth, name, settings, compiled).result()
 
 
 def _resident_growth(name: str, settings: Settings, compiled: bool) -> int:
     torch.set_num_threads(settings.threads or torch.get_num_threads())
+    # What is loaded on first use (oneDNN, the compiler) is not the model's.
+    make_step(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), settings, compiled=compiled)()
     before = _resident("VmRSS")
     step = make_step(build(name, settings.size), settings, compiled=compiled)
     step()

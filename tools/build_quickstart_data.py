@@ -1,4 +1,4 @@
-"""Builds the quickstart data: one folder per emoji, drawn in four styles to train on and in a fifth to evaluate on."""
+"""Builds the quickstart data: one folder per emoji, drawn in nine styles to train on and in a tenth to evaluate on."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
+
 from zoo.tools.quickstart.attribution import attribution
-from zoo.tools.quickstart.classes import MIN_STYLES, EmojiClass, choose, key
-from zoo.tools.quickstart.packages import PACKAGES, Package, obtain, read_members
+from zoo.tools.quickstart.classes import MIN_STYLES, EmojiClass, choose, key, plain
+from zoo.tools.quickstart.packages import PACKAGES, Package, obtain, read_icons, read_members
 from zoo.tools.quickstart.pictures import close_pairs, decode, encode, normalise, thumbprint
 from zoo.tools.quickstart.samples import write_samples
 
@@ -51,11 +52,6 @@ def build(root: Path, *, packages: Sequence[Package] = PACKAGES, tarballs: Path 
     if (root / "train").exists() and not (root / "classes.json").exists() and not scratch.exists():
         raise ValueError(f"{root} has a train folder that was not built by this tool: choose another folder.")
     paths = obtain(packages, tarballs or root / "cache", console, download=tarballs is None)
-    sources = {
-        package: {key(Path(name).stem): data for name, data in read_members(paths[package], package.folder).items()}
-        for package in packages
-        if package.style
-    }
     (held_out,) = (package.style for package in packages if package.held_out)
     (emojibase,) = (package for package in packages if not package.style)
     tables = {
@@ -63,6 +59,8 @@ def build(root: Path, *, packages: Sequence[Package] = PACKAGES, tarballs: Path 
         for name, data in read_members(paths[emojibase], emojibase.folder).items()
         if name in ("data.json", "messages.json")
     }
+    codes_of = {plain(record["label"]): key(record["hexcode"]) for record in tables["data.json"]}
+    sources = {package: _pictures(package, paths[package], codes_of) for package in packages if package.style}
     drawn = {package.style: codes.keys() for package, codes in sources.items()}
     candidates = choose(tables["data.json"], tables["messages.json"], drawn, held_out)
 
@@ -95,6 +93,14 @@ def build(root: Path, *, packages: Sequence[Package] = PACKAGES, tarballs: Path 
         os.replace(made, root / made.name)
     scratch.rmdir()
     return report
+
+
+def _pictures(package: Package, path: Path, codes_of: Mapping[str, str]) -> dict[str, bytes]:
+    """The picture files of a package by the key of their emoji; icons whose name is no emoji's are left out."""
+    if package.icons:
+        icons = {plain(name): data for name, data in read_icons(path, package.folder).items()}
+        return {codes_of[name]: data for name, data in icons.items() if name in codes_of}
+    return {key(Path(name).stem): data for name, data in read_members(path, package.folder).items()}
 
 
 def _draw(source: bytes) -> Drawing:

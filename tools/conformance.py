@@ -45,7 +45,7 @@ class Result:
         test: name of the test function.
         outcome: "passed", "failed" or "skipped".
         seconds: how long it ran.
-        reason: first line of the error, or why it was skipped.
+        reason: start of the error, or why it was skipped.
     """
 
     model: str

@@ -74,7 +74,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         "test": report.nodeid.rpartition("::")[2].partition("[")[0],
         "outcome": report.outcome,
         "seconds": report.duration,
-        "reason": reason.partition("\n")[0],
+        "reason": " ".join(reason.split())[:300],
     }
 
 

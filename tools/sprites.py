@@ -38,13 +38,13 @@ class Recipe:
     """How often, as a share of the batch, and how strongly pictures are changed; all zeros leaves the sprite alone."""
 
     flat: float = 0.62  # drawn from its palette, without shading
-    line_art: float = 0.2  # of the flat ones: two tones
+    line_art: float = 0.12  # of the flat ones: two tones
     recolour: float = 0.15  # of the flat ones: some entries get a random colour
     style_mix: float = 0.16  # blended with another style of the same class
     outline: float = 0.75  # line around the shape, and along inner edges; half as often where not flat
     geometry: float = 1.0  # strength of rotation, shear, scale, perspective and shift
     warp: float = 0.5  # smooth deformation
-    flip: float = 0.25  # mirrored, only classes that no other class mirrors
+    flip: float = 0.35  # mirrored, only classes that no other class mirrors
     colour: float = 1.0  # strength of hue, saturation, contrast and brightness changes
     grey: float = 0.08
     white: float = 0.4  # plain white background
@@ -178,6 +178,10 @@ class Composer:
         parts = [_analyse(chunk) for chunk in sprites.pixels.split(128)]
         self.planes, self.region, self.palette = (torch.cat(part) for part in zip(*parts))
         self.may_flip = mirror_safe(sprites)
+        # Styles whose names begin with the same word are versions of one drawing, and share its odds.
+        families = [style.partition("-")[0] for style in sprites.styles]
+        related = [[float(ours == theirs) for theirs in families] for ours in families]
+        self.related = torch.tensor(related, device=self.device)
 
     def __call__(self, step: int, batch: int, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Compose a batch.
@@ -203,7 +207,10 @@ class Composer:
         # Without replacement: a class comes twice only when the batch is larger than the list of classes.
         labels = draws.uniform(math.ceil(batch / self.classes), self.classes).argsort(1).flatten()[:batch]
         table = self.table[labels]
-        order = ((table >= 0) + draws.uniform(*table.shape)).argsort(1, descending=True)  # existing styles first
+        exists = (table >= 0).float()
+        # The largest of powers of uniform numbers: a choice with odds of 1 to the number of versions of a drawing.
+        chances = draws.uniform(*table.shape) ** (exists @ self.related).clamp_min(1)
+        order = (exists + chances).argsort(1, descending=True)  # existing styles first
         rows = table.gather(1, order)
         other = rows[:, min(1, rows.shape[1] - 1)]
         front = self._front(draws, rows[:, 0], other.where(other >= 0, rows[:, 0]), self.may_flip[labels])
@@ -267,7 +274,7 @@ class Composer:
         angle = math.radians(20) * strength * draws(-1, 1)
         zoom = UPRIGHT * torch.exp(strength * draws(math.log(0.65), math.log(1.3)))
         shift_x, shift_y = (strength * draws(-1, 1) * ((1.05 - zoom).clamp(0) + 0.05) for _ in "xy")
-        aspect, shear = torch.exp(strength * draws(-0.16, 0.16)), strength * draws(-0.2, 0.2)
+        aspect, shear = torch.exp(strength * draws(-0.2, 0.2)), strength * draws(-0.2, 0.2)
         leans = draws.chance(0.4)
         lean_x, lean_y = (strength * draws(-0.25, 0.25) * leans for _ in "xy")
         mirror = 1 - 2 * (draws.chance(recipe.flip) & may_flip.view(-1, 1, 1, 1)).to(self.dtype)
@@ -486,19 +493,19 @@ def _block_noise(images: Tensor, step: Tensor) -> Tensor:
 def mirror_safe(sprites: Sprites) -> Tensor:
     """Which classes may be mirrored (classes,) bool: those whose mirror image is not (nearly) another class.
 
-    Left and right arrows, waxing and waning moons and the hours of a clock are told apart by their side; a style where
-    the mirror image of one class is much nearer to another class than to itself is the sign.
+    Left and right arrows, waxing and waning moons and the hours of a clock are told apart by their side; the sign is
+    that the mirror image of one class is much nearer to another class than to itself, in a third of its styles.
     """
     small = F.avg_pool2d(sprites.pixels.float() / 255, SIDE // 16)
-    safe = torch.ones(len(sprites.classes), dtype=torch.bool, device=small.device)
+    nearer = torch.zeros(len(sprites.classes), device=small.device)
     for column in sprites.table.T:
         present = column >= 0
         own = small[column[present]]
         distance = torch.cdist(own.flip(3).flatten(1), own.flatten(1))
         mirrored = distance.diagonal().clone()
         distance.fill_diagonal_(torch.inf)
-        safe[present] &= distance.amin(1) > 0.7 * mirrored
-    return safe
+        nearer[present] += distance.amin(1) <= 0.4 * mirrored
+    return nearer < (sprites.table >= 0).sum(1) / 3
 
 
 @torch.no_grad()

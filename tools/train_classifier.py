@@ -40,10 +40,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
-from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
 import zoo
 from zoo.checkpoints import save_checkpoint
+from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 

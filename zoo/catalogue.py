@@ -39,7 +39,7 @@ _VAN_HUB = "hf-hub:Visual-Attention-Network/VAN-{}-original"
 _RAVLT_HUB = "hf-hub:aldjalkdf/RAVLT"
 
 _ENTRIES = (
-    Entry("van_nano", *_VAN, 2_846_319, 613_066_816, None, "", False),
+    Entry("van_nano", *_VAN, 2_847_284, 613_067_776, None, "", False),
     Entry("van_b0", *_VAN, 4_105_800, 864_224_000, 75.4, _VAN_HUB.format("Tiny"), True),
     Entry("van_b1", *_VAN, 13_861_800, 2_495_262_720, 81.1, _VAN_HUB.format("Small"), True),
     Entry("van_b2", *_VAN, 26_578_472, 4_992_773_120, 82.8, _VAN_HUB.format("Base"), True),
@@ -47,7 +47,7 @@ _ENTRIES = (
     Entry("van_b4", *_VAN, 60_283_176, 12_143_756_288, None, "", True),
     Entry("van_b5", *_VAN, 89_967_688, 17_129_123_328, None, "", False),
     Entry("van_b6", *_VAN, 199_829_416, 38_710_096_896, None, "", True),
-    Entry("ravlt_nano", *_RAVLT, 2_908_591, 611_069_696, None, "packaged", False),
+    Entry("ravlt_nano", *_RAVLT, 2_910_196, 611_071_296, None, "packaged", False),
     Entry("ravlt_tiny", *_RAVLT, 14_897_768, 2_613_312_000, None, _RAVLT_HUB, True),
     Entry("ravlt_small", *_RAVLT, 25_591_208, 4_878_388_352, 84.4, _RAVLT_HUB, True),
     Entry("ravlt_base", *_RAVLT, 48_241_288, 10_579_554_816, None, _RAVLT_HUB, False),

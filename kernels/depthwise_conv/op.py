@@ -1,5 +1,7 @@
 """The depthwise convolution as one PyTorch operator, ``zoo::depthwise_conv2d``."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from zoo.kernels.dispatch import select_backend
 from zoo.kernels.library import check_float, check_shape, register_op
 
 NAME = "depthwise_conv2d"
+TRITON_MAX_SIZE = 7  # the taps of a larger kernel do not fit into registers
 
 
 def depthwise_conv2d(
@@ -57,7 +60,7 @@ def compute(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilatio
     check(x, weight, bias, stride, dilation, residual)
     if x.numel() == 0:
         return _fake(x, weight, bias, stride, dilation, residual)
-    return select_backend(NAME, {"torch": torch_backend.forward}, x.device)(
+    return select_backend(NAME, _backends(x, weight, stride, dilation, "forward"), x.device)(
         x, weight, bias, stride, dilation, residual
     )
 
@@ -68,9 +71,23 @@ def compute_backward(
     """The backward pass on the backend for the device of x."""
     if x.numel() == 0:
         return tuple(tensor.zero_() for tensor in _fake_backward(grad, x, weight, has_bias, stride, dilation, residual))
-    return select_backend(NAME, {"torch": torch_backend.backward}, x.device)(
+    return select_backend(NAME, _backends(x, weight, stride, dilation, "backward"), x.device)(
         grad, x, weight, has_bias, stride, dilation, residual
     )
+
+
+def _backends(x: Tensor, weight: Tensor, stride: int, dilation: int, direction: str) -> dict[str, Callable]:
+    backends = {"torch": getattr(torch_backend, direction)}
+    strided = stride > 1 and (dilation > 1 or direction == "backward")
+    if x.dtype != torch.float64 and weight.shape[-1] <= TRITON_MAX_SIZE and not strided:
+        backends["triton"] = partial(_on_triton, direction)
+    return backends
+
+
+def _on_triton(direction: str, *arguments: Any) -> Any:
+    from zoo.kernels.depthwise_conv import triton  # imported where it runs: not every platform has Triton
+
+    return getattr(triton, direction)(*arguments)
 
 
 def flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:

@@ -1,11 +1,14 @@
 """Large kernel attention as one PyTorch operator, ``zoo::large_kernel_attention``."""
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.kernels.depthwise_conv.op import TRITON_MAX_SIZE
 from zoo.kernels.dispatch import select_backend
 from zoo.kernels.large_kernel_attention import torch_backend
 from zoo.kernels.library import check_float, check_shape, register_op
@@ -71,14 +74,28 @@ def compute(x: Tensor, *parameters: Any) -> Tensor:
     check(x, *parameters)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return select_backend(NAME, {"torch": torch_backend.forward}, x.device)(x, *parameters)
+    return select_backend(NAME, _backends(x, parameters, "forward"), x.device)(x, *parameters)
 
 
 def compute_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The backward pass on the backend for the device of x."""
     if grad.numel() == 0:
         return tuple(tensor.zero_() for tensor in _fake_backward(grad, *inputs))
-    return select_backend(NAME, {"torch": torch_backend.backward}, grad.device)(grad, *inputs)
+    return select_backend(NAME, _backends(inputs[0], inputs[1:], "backward"), grad.device)(grad, *inputs)
+
+
+def _backends(x: Tensor, parameters: Sequence[Any], direction: str) -> dict[str, Callable]:
+    backends = {"torch": getattr(torch_backend, direction)}
+    sizes = (parameters[0].shape[-1], parameters[2].shape[-1])
+    if x.dtype != torch.float64 and max(sizes) <= TRITON_MAX_SIZE:
+        backends["triton"] = partial(_on_triton, direction)
+    return backends
+
+
+def _on_triton(direction: str, *arguments: Any) -> Any:
+    from zoo.kernels.depthwise_conv import triton  # imported where it runs: not every platform has Triton
+
+    return getattr(torch_backend, direction)(*arguments, depthwise=triton)
 
 
 def flops(x: Any, local_weight: Any, _: Any, dilated_weight: Any, *__: Any, **___: Any) -> int:

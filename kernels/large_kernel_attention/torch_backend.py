@@ -1,9 +1,14 @@
-"""Large kernel attention through the PyTorch backend of the depthwise convolution; the backward pass recomputes."""
+"""Large kernel attention as two depthwise convolutions, on either of their backends, and a matrix product.
+
+The backward pass keeps nothing but the input and computes the stages again.
+"""
+
+from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.kernels.depthwise_conv import torch_backend as depthwise
+from zoo.kernels.depthwise_conv import torch_backend
 
 Stages = tuple[Tensor, Tensor, Tensor]
 
@@ -17,9 +22,10 @@ def forward(
     mix_weight: Tensor,
     mix_bias: Tensor | None,
     dilation: int,
+    depthwise: ModuleType = torch_backend,
 ) -> Tensor:
     """As ``large_kernel_attention``."""
-    stages = _stages(x, local_weight, local_bias, dilated_weight, dilated_bias, mix_weight, mix_bias, dilation)
+    stages = _stages(x, local_weight, local_bias, dilated_weight, dilated_bias, mix_weight, mix_bias, dilation, depthwise)
     return stages[2].mul_(x)
 
 
@@ -33,10 +39,11 @@ def backward(
     mix_weight: Tensor,
     mix_bias: Tensor | None,
     dilation: int,
+    depthwise: ModuleType = torch_backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the seven tensors; of a bias that is None an empty tensor."""
     local, dilated, mixed = _stages(
-        x, local_weight, local_bias, dilated_weight, dilated_bias, mix_weight, mix_bias, dilation
+        x, local_weight, local_bias, dilated_weight, dilated_bias, mix_weight, mix_bias, dilation, depthwise
     )
     d_mixed = grad * x
     d_mix_weight = (d_mixed.flatten(0, 2).T @ dilated.flatten(0, 2)).to(mix_weight.dtype)
@@ -61,6 +68,7 @@ def _stages(
     mix_weight: Tensor,
     mix_bias: Tensor | None,
     dilation: int,
+    depthwise: ModuleType = torch_backend,
 ) -> Stages:
     """What the two depthwise convolutions and the 1x1 convolution put out."""
     local = depthwise.forward(x, local_weight, local_bias, 1, 1, False)

@@ -1,6 +1,8 @@
 """2D linear attention as one PyTorch operator, ``zoo::linear_attention``."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from zoo.kernels.linear_attention.torch_backend import Settings
 
 NAME = "linear_attention"
 MAX_HEAD_DIM = 256
+TRITON_MAX_HEAD_DIM = 128  # a state of 256 x 256 does not fit into a multiprocessor's registers
 
 
 def linear_attention(
@@ -86,7 +89,7 @@ def compute(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor 
     check(q, k, v, local, gate, settings)
     if v.numel() == 0:
         return q.new_empty(v.shape)
-    return select_backend(NAME, {"torch": torch_backend.forward}, q.device)(q, k, v, local, gate, settings)
+    return select_backend(NAME, _backends(q, v, "forward"), q.device)(q, k, v, local, gate, settings)
 
 
 def compute_backward(
@@ -95,8 +98,21 @@ def compute_backward(
     """The backward pass on the backend for the device of q."""
     if v.numel() == 0:
         return tuple(x.zero_() for x in _fake_backward(grad, q, k, v, local, gate))
-    backend = select_backend(NAME, {"torch": torch_backend.backward}, q.device)
+    backend = select_backend(NAME, _backends(q, v, "backward"), q.device)
     return backend(grad, q, k, v, local, gate, Settings(*rest))
+
+
+def _backends(q: Tensor, v: Tensor, direction: str) -> dict[str, Callable]:
+    backends = {"torch": getattr(torch_backend, direction)}
+    if q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= TRITON_MAX_HEAD_DIM:
+        backends["triton"] = partial(_on_triton, direction)
+    return backends
+
+
+def _on_triton(direction: str, *arguments: Any) -> Any:
+    from zoo.kernels.linear_attention import triton  # imported where it runs: not every platform has Triton
+
+    return getattr(triton, direction)(*arguments)
 
 
 def flops(q: Any, k: Any, v: Any, local: Any, gate: Any, feature_map: str, token_weights: bool, *_: Any, **__: Any) -> int:

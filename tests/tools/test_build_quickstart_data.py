@@ -29,7 +29,9 @@ from zoo.tools.quickstart.pictures import MARGIN, SIZE, close_pairs, decode, enc
 from zoo.tools.quickstart.samples import SAMPLES, SIDE, compose, write_samples
 
 PACKAGED_SAMPLES = Path(__file__).parents[2] / "zoo" / "samples"
-TRAINING = ("noto", "twemoji", "fluent-3d", "fluent-modern")
+NAMED_BY_CODE = ("noto", "twemoji", "fluent-3d", "fluent-modern")
+ICON_SETS = ("noto-v1", "emojione", "fxemoji", "emojione-monotone", "fluent-high-contrast")
+TRAINING = (*NAMED_BY_CODE, *ICON_SETS)
 
 GROUPS = ("people-body", "component", "animals-nature", "flags", "symbols")
 SUBGROUPS = ("person", "animal-mammal", "keycap", "alphanum", "geometric")
@@ -71,14 +73,17 @@ def drawing(seed, side=64):
     return picture
 
 
-def svg(seed):
+def marks(seed):
     numbers = random.Random(seed)
-    marks = (
+    return "".join(
         f'<circle cx="{numbers.randint(16, 56)}" cy="{numbers.randint(16, 56)}" r="{numbers.randint(4, 14)}"'
         f' fill="#{numbers.randrange(16**6):06x}"/>'
         for _ in range(4)
     )
-    return f'<svg viewBox="0 0 72 72" xmlns="http://www.w3.org/2000/svg">{"".join(marks)}</svg>'.encode()
+
+
+def svg(seed, width=72):
+    return f'<svg viewBox="0 0 {width} 72" xmlns="http://www.w3.org/2000/svg">{marks(seed)}</svg>'.encode()
 
 
 def picture_file(style, hexcode):
@@ -92,13 +97,27 @@ def picture_file(style, hexcode):
     return f"{name}.{'webp' if style == 'fluent-3d' else 'png'}", buffer.getvalue()
 
 
+def icon_set(style):
+    """One Iconify file; its names are those of emoji, written as the set likes, and of other things."""
+    icons = {
+        "health-worker": {"body": marks(style + "worker")},
+        "full-moon": {"body": marks(style + "moon"), "width": 144},
+    }
+    icons["company-logo"] = {"body": marks(style + "logo")}
+    aliases = {"blackcat": {"parent": "health-worker"}, "aries": {"parent": "full-moon", "hFlip": True}}
+    content = {"icons": icons, "aliases": aliases if style == "fxemoji" else {}, "width": 72, "height": 72}
+    return json.dumps(content).encode()
+
+
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
     """A tiny set of packages: the pinned ones with our own pictures in them."""
     folder = tmp_path_factory.mktemp("tarballs")
     made = []
     for package in PACKAGES:
-        if package.style:
+        if package.icons:
+            files = {"icons.json": icon_set(package.style)}
+        elif package.style:
             files = dict(picture_file(package.style, hexcode) for hexcode in EMOJI)
             files.pop("1f436.webp", None)  # three training styles are enough for the dog
         else:
@@ -137,11 +156,16 @@ def test_layout_and_classes(built):
     }  # fmt: skip
     for chosen in KEPT:
         styles = {p.stem for p in (root / "train" / chosen).iterdir()}
-        assert styles == set(TRAINING) - ({"fluent-3d"} if chosen == "dog-face" else set())
+        by_name = {"health-worker": set(ICON_SETS) - {"fxemoji"}, "full-moon": set(ICON_SETS)}.get(chosen, set())
+        assert styles == {*NAMED_BY_CODE, *by_name} - ({"fluent-3d"} if chosen == "dog-face" else set())
         assert [p.name for p in (root / "test" / chosen).iterdir()] == ["openmoji.png"]
     assert report["classes"] == 5
-    assert report["pictures"] == {"noto": 5, "twemoji": 5, "fluent-3d": 4, "fluent-modern": 5, "openmoji": 5}
-    assert report["shared_pictures"] == [["openmoji", "full-moon", "yellow-circle"]]
+    by_code = {"noto": 5, "twemoji": 5, "fluent-3d": 4, "fluent-modern": 5, "openmoji": 5}
+    assert report["pictures"] == by_code | dict.fromkeys(ICON_SETS, 2) | {"fxemoji": 1}
+    assert report["shared_pictures"] == [  # two names of one icon, and two moons
+        ["fxemoji", "black-cat", "health-worker"],
+        ["openmoji", "full-moon", "yellow-circle"],
+    ]
     assert report["left_out_classes"] == ["yellow-circle"]
     assert not (root / ".building").exists()
 
@@ -156,7 +180,7 @@ def test_every_picture_is_a_centred_drawing(built):
             seen.add(picture.tobytes())
         assert max(right - left, bottom - top) == SIZE - 2 * MARGIN
         assert abs(left + right - SIZE) <= 1 and abs(top + bottom - SIZE) <= 1
-    assert len(seen) == 24  # all differ
+    assert len(seen) == 33  # all differ
 
 
 def test_pictures_are_those_of_their_emoji(built):
@@ -166,6 +190,8 @@ def test_pictures_are_those_of_their_emoji(built):
         assert picture.tobytes() == expected.tobytes()
     with Image.open(root / "test" / "aries" / "openmoji.png") as picture:
         assert picture.tobytes() == normalise(decode(svg("openmoji" + "2648-FE0F"))).tobytes()
+    with Image.open(root / "train" / "full-moon" / "noto-v1.png") as picture:
+        assert picture.tobytes() == normalise(decode(svg("noto-v1" + "moon", width=144))).tobytes()
 
 
 def test_held_out_style_is_never_trained_on(built):
@@ -248,7 +274,7 @@ def test_download_is_checked_cached_and_resumed(fake, tmp_path, monkeypatch):
     (tmp_path / "broken").touch()
     with pytest.raises(ValueError, match="openmoji"):
         build(tmp_path / "root", packages=packages)
-    assert sorted(p.name for p in cache.iterdir()) == sorted(p.tarball for p in packages[:4])
+    assert sorted(p.name for p in cache.iterdir()) == sorted(p.tarball for p in packages[:-2])
     (tmp_path / "broken").unlink()
     log.unlink()
     assert build(tmp_path / "root", packages=packages)["classes"] == 5

@@ -1,12 +1,14 @@
 """The compositor against plain formulas, and what its batches promise."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+
 from zoo.tools import sprites as S
 
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in (S.IMAGENET_DEFAULT_MEAN, S.IMAGENET_DEFAULT_STD))
@@ -124,6 +126,28 @@ def test_absent_styles_are_never_drawn(sprites):
     assert styles.min() > 0.2
 
 
+def test_versions_of_one_drawing_share_its_odds(tmp_path):
+    for style in ("noto", "fluent-3d", "fluent-flat", "fluent-modern"):
+        save_sprite(tmp_path / "a" / f"{style}.png", (255, 0, 0, 255))
+    save_sprite(tmp_path / "b" / "noto.png", (255, 0, 0, 255))
+    sprites = S.load_sprites(tmp_path)
+    drawn = []
+
+    class Spy(S.Composer):
+        def _front(self, draws, rows, other, may_flip):
+            drawn.append(rows)
+            return super()._front(draws, rows, other, may_flip)
+
+    Spy(sprites, 8, recipe=S.PLAIN).compose(0, 4000)
+    counts = drawn[0].bincount(minlength=5)[sprites.table[0]]  # of the 2,000 pictures of a
+    assert dict(zip(sprites.styles, (counts / 2000).tolist())) == {
+        "fluent-3d": pytest.approx(1 / 6, abs=0.03),
+        "fluent-flat": pytest.approx(1 / 6, abs=0.03),
+        "fluent-modern": pytest.approx(1 / 6, abs=0.03),
+        "noto": pytest.approx(1 / 2, abs=0.04),
+    }
+
+
 def test_a_batch_is_a_function_of_seed_step_and_rank(sprites):
     composer, twin = S.Composer(sprites, 32, seed=7), S.Composer(sprites, 32, seed=7)
     composer(0, 8)
@@ -203,12 +227,18 @@ def test_mirror_images_of_each_other_are_not_flipped(tmp_path):
         ("left", [(10, 64), (110, 20), (110, 108)]),
         ("right", [(117, 64), (17, 20), (17, 108)]),
         ("up", [(64, 10), (20, 110), (108, 110)]),
+        ("pen", [(20, 10), (10, 20), (108, 118), (118, 108)]),  # leans, as other things may, and may be turned round
     ):
         (tmp_path / name).mkdir()
         image = Image.new("RGBA", (128, 128))
         ImageDraw.Draw(image).polygon(points, fill=(200, 30, 30, 255))
-        image.save(tmp_path / name / "one.png")
-    assert S.mirror_safe(S.load_sprites(tmp_path)).tolist() == [False, False, True]
+        for style in ("one", "two", "three", "four"):
+            image.save(tmp_path / name / f"{style}.png")
+    shutil.copy(tmp_path / "right" / "one.png", tmp_path / "left" / "one.png")  # one style that is unlike the others
+    sprites = S.load_sprites(tmp_path)
+    assert dict(zip(sprites.classes, S.mirror_safe(sprites).tolist())) == {
+        "left": False, "right": False, "up": True, "pen": True,
+    }  # fmt: skip
 
 
 def test_distance_is_exact_up_to_its_reach():

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
+
 from zoo.tools import train_classifier as T
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "classification").glob("*.yaml"))

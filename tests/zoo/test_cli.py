@@ -123,8 +123,8 @@ def test_labels_for_a_checkpoint_of_ones_own(pictures, tmp_path):
 
 
 def test_names_with_markup_are_printed_as_they_are(pictures, weights, tmp_path):
-    (tmp_path / "in/a.png").rename(tmp_path / "in/[red]x[/].png")
-    assert "in/[red]x[/].png" in zoo("classify", "in/[red]x[/].png", *weights).stdout
+    (tmp_path / "in/a.png").rename(tmp_path / "in/[red]x[bold].png")
+    assert "in/[red]x[bold].png" in zoo("classify", "in/[red]x[bold].png", *weights).stdout
 
 
 @pytest.mark.parametrize(

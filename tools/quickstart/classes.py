@@ -94,6 +94,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
+def plain(name: str) -> str:
+    """Returns the slug without hyphens: some packages write the words of a name together."""
+    return slug(name).replace("-", "")
+
+
 def choose(
     records: Sequence[Mapping[str, Any]],
     messages: Mapping[str, Any],

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import subprocess
 import tarfile
@@ -28,6 +29,7 @@ class Package:
         style: Name of the drawing style, empty for a package without pictures.
         folder: Folder of the pictures (or of the JSON files) inside the tarball.
         held_out: Whether the style is for evaluation only and must never be trained on.
+        icons: Whether the pictures are one Iconify file, named by the emoji's name instead of its code points.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Package:
     folder: str
     style: str = ""
     held_out: bool = False
+    icons: bool = False
 
     @property
     def tarball(self) -> str:
@@ -86,6 +89,61 @@ PACKAGES = (
         "https://github.com/microsoft/fluentui-emoji",
         "package/assets",
         "fluent-modern",
+    ),
+    Package(
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+        "Google (Noto Emoji, first edition); packaged by Iconify",
+        "Apache-2.0",
+        "https://github.com/googlefonts/noto-emoji",
+        "package",
+        "noto-v1",
+        icons=True,
+    ),
+    Package(
+        "@iconify-json/emojione",
+        "1.2.3",
+        "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+        "Ranks.com and the EmojiTwo contributors (EmojiOne 2); packaged by Iconify",
+        "CC-BY-4.0",
+        "https://github.com/EmojiTwo/emojitwo",
+        "package",
+        "emojione",
+        icons=True,
+    ),
+    Package(
+        "@iconify-json/fxemoji",
+        "1.2.2",
+        "sha512-UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
+        "Mozilla (Firefox OS Emoji); packaged by Iconify",
+        "Apache-2.0",
+        "https://github.com/mozilla/fxemoji",
+        "package",
+        "fxemoji",
+        icons=True,
+    ),
+    Package(
+        "@iconify-json/emojione-monotone",
+        "1.2.1",
+        "sha512-cZSNcPsuiAD6HCzCh/2dYKGh3pNI0jJlxBxQWfC33cQsPtqYZqulGBvlkThXYNvDl8VxgVHT9u+izyX/yeEIkA==",
+        "Ranks.com and the EmojiTwo contributors (EmojiOne 2); packaged by Iconify",
+        "CC-BY-4.0",
+        "https://github.com/EmojiTwo/emojitwo",
+        "package",
+        "emojione-monotone",
+        icons=True,
+    ),
+    Package(
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "sha512-esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+        "Microsoft Corporation (Fluent Emoji); packaged by Iconify",
+        "MIT",
+        "https://github.com/microsoft/fluentui-emoji",
+        "package",
+        "fluent-high-contrast",
+        icons=True,
     ),
     Package(
         "openmoji",
@@ -189,3 +247,24 @@ def read_members(path: Path, folder: str) -> dict[str, bytes]:
             for member in tar
             if member.isfile() and member.name.rpartition("/")[0] == folder
         }
+
+
+def read_icons(path: Path, folder: str) -> dict[str, bytes]:
+    """Reads an icon set in Iconify's format.
+
+    Args:
+        path: The tarball.
+        folder: Folder inside the tarball that holds ``icons.json``.
+
+    Returns:
+        SVG files by the name of the icon, further names of the same drawing included.
+    """
+    icons = json.loads(read_members(path, folder)["icons.json"])
+    drawn = icons["icons"]
+    same = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items() if alias.keys() == {"parent"}}
+    files = {}
+    for name, parent in {**{name: name for name in drawn}, **same}.items():
+        width, height = (drawn[parent].get(side, icons[side]) for side in ("width", "height"))
+        attributes = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        files[name] = f"<svg {attributes}>{drawn[parent]['body']}</svg>".encode()
+    return files

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageFilter
+
 from zoo.tools.quickstart.attribution import LICENCE_TEXTS
 from zoo.tools.quickstart.backgrounds import BACKGROUNDS
 from zoo.tools.quickstart.classes import key
