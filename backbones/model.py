@@ -11,7 +11,6 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-
 # The pretrained cfg of models trained on the quickstart data (tools/build_quickstart_data.py).
 QUICKSTART = {
     "num_classes": 1332,
@@ -136,9 +135,12 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort the parameters into stem and blocks (or stages), for layer-wise learning rates."""
+        final = (r"^norm", (99999,))
+        if coarse:
+            return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), final]}
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        after = [(r"^stages\.(\d+)\.norm", (99998,)), (r"^norm", (99999,))]
-        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), after[1]] if coarse else blocks + after}
+        norms = [(rf"^stages\.{i}\.norm", (i, len(stage.blocks) - 1)) for i, stage in enumerate(self.stages)]
+        return {"stem": r"^stem", "blocks": [*blocks, *norms, final]}  # a stage's norm goes with its last block
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

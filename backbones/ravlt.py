@@ -18,16 +18,13 @@ from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d, channels_first
+from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d
 from zoo.backbones.layers.mlp import DepthwiseMlp
-from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, packaged
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
 from zoo.kernels import linear_attention
 from zoo.kernels.rotary import rotary_angles, rotate
 
 __all__ = ["RAVLT"]
-
-ROTARY_BASE = 10000.0
-
 
 class RankAugmentedAttention(nn.Module):
     """RALA, ``proj((attention(q, k, v) + local(v)) * o)`` (eq. 5-9): (B, H, W, C) to the same.
@@ -45,13 +42,14 @@ class RankAugmentedAttention(nn.Module):
             raise ValueError(f"dim {dim} over {num_heads} heads is no multiple of 4, as the rotation needs.")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
+        self.rotary_base = 10000.0
         self.qkvo = nn.Linear(dim, 4 * dim, device=device, dtype=dtype)
         self.lepe = DepthwiseConv2d(dim, 5, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, gate: Tensor, height: int, width: int) -> Tensor:
         """(B, N, heads, head_dim) each, to the same: attention with rotation, local term and gate."""
-        return linear_attention(q, k, v, "elu+1", True, (height, width), ROTARY_BASE, local, gate)
+        return linear_attention(q, k, v, "elu+1", True, (height, width), self.rotary_base, local, gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
@@ -66,7 +64,7 @@ class RotarySoftmaxAttention(RankAugmentedAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, gate: Tensor, height: int, width: int) -> Tensor:
         """(B, N, heads, head_dim) each, to the same."""
-        angles = rotary_angles(height, width, self.head_dim, ROTARY_BASE, q.device)
+        angles = rotary_angles(height, width, self.head_dim, self.rotary_base, q.device)
         cos, sin = angles.cos(), angles.sin()  # float32: half precision would blur the angles of a large map
         q, k = (rotate(x.transpose(1, 2), cos, sin).to(x.dtype) for x in (q, k))
         out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
@@ -121,7 +119,7 @@ class FinalProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, out_dim)."""
-        return F.silu(channels_first(self.norm, self.proj(x)))
+        return F.silu(self.norm(self.proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
 class RAVLT(Backbone):
@@ -250,7 +248,7 @@ default_cfgs = generate_default_cfgs(
         "ravlt_small.in1k": _cfg(_URL.format("S")),
         "ravlt_base.in1k": _cfg(_URL.format("B")),
         "ravlt_large.in1k": _cfg(_URL.format("L")),
-        "ravlt_nano.quickstart": _cfg(**QUICKSTART, file=packaged("ravlt_nano")),
+        "ravlt_nano.quickstart": _cfg(**QUICKSTART),
         "test_ravlt.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )

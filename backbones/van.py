@@ -18,9 +18,9 @@ from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d, channels_first
+from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d
 from zoo.backbones.layers.mlp import DepthwiseMlp
-from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, packaged
 from zoo.kernels import large_kernel_attention
 
 __all__ = ["VAN"]
@@ -89,8 +89,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        x = x + self.drop_path1(self.ls1(self.mixer(channels_first(self.norm1, x))))
-        return x + self.drop_path2(self.ls2(self.mlp(channels_first(self.norm2, x))))
+        y = self.norm1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path1(self.ls1(self.mixer(y)))
+        y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 
 class VAN(Backbone):
@@ -206,7 +208,7 @@ default_cfgs = generate_default_cfgs(
         "van_b4.untrained": _cfg(),
         "van_b5.untrained": _cfg(),
         "van_b6.untrained": _cfg(),
-        "van_nano.quickstart": _cfg(**QUICKSTART),
+        "van_nano.quickstart": _cfg(**QUICKSTART, file=packaged("van_nano")),
         "test_van.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
     }
 )

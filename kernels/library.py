@@ -16,7 +16,7 @@ def register_op(signature: str, compute: Callable, fake: Callable, flops: Callab
 
     Args:
         signature: name and schema, such as ``"double(Tensor x) -> Tensor"``.
-        compute: the computation, on any device.
+        compute: the computation, on any device, without autocast; its first argument is a tensor.
         fake: shapes and dtypes of the results, without data.
         flops: floating-point operations, from the shapes of the tensors and the other arguments.
 
@@ -24,8 +24,14 @@ def register_op(signature: str, compute: Callable, fake: Callable, flops: Callab
         The qualified name.
     """
     name = signature.partition("(")[0]
+
+    def without_autocast(first: Tensor, *rest: Any) -> Any:
+        """An operator's dtypes are those of its inputs; autocast has had its say before them."""
+        with torch.autocast(first.device.type, enabled=False):
+            return compute(first, *rest)
+
     _library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, compute, "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     register_flop_formula(getattr(torch.ops.zoo, name))(flops)
     return f"{NAMESPACE}::{name}"

@@ -14,7 +14,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"zoo": "zoo", "backbones": "zoo/backbones", "kernels": "zoo/kernels", "tools": "zoo/tools"}
+FOLDERS = {"zoo": "zoo"} | {name: f"zoo/{name}" for name in ("backbones", "configs", "kernels", "tools")}
 
 
 @pytest.fixture(scope="session")

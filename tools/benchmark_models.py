@@ -7,7 +7,7 @@ A name is any of timm or the zoo, or ``FILE.py:FUNCTION``, a function without ar
 take turns in rounds, each round beginning with another one, so that a machine that slows down slows all of them.
 """
 
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,7 @@ class Row:
         params: number of parameters.
         images_per_second: of each round.
         peak_mib: what the model and its step added to the memory in use: allocated by torch on CUDA, resident in a
-            fresh process on a Linux CPU. None elsewhere.
+            fresh process on a Linux CPU (if compiled, with what the compiler left behind). None elsewhere.
     """
 
     name: str
@@ -132,8 +133,8 @@ def build(name: str, size: int = 224) -> nn.Module:
         return timm.create_model(name, **({"img_size": size} if fixed else {}))
     if not Path(path).is_file():
         raise ValueError(f"There is no file {path}: a model that is not registered is named as FILE.py:FUNCTION.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location(Path(path).stem, path)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, function):
         raise ValueError(f"{path} has no function {function}.")
@@ -192,9 +193,12 @@ def measure(names: Sequence[str], settings: Settings, *, compiled: bool = False)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     cases = list(itertools.product(names, (False, True) if compiled else (False,)))
-    # One frame of code serves all variants of a family, and each compiles it anew.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(cases))
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # One frame of code serves all variants of a family, and each compiles it anew: too many would go on eagerly.
+    with torch._dynamo.config.patch(recompile_limit=8 + 4 * len(cases), fail_on_recompile_limit_hit=True):
+        return _measure(cases, settings, cuda)
+
+
+def _measure(cases: Sequence[tuple[str, bool]], settings: Settings, cuda: bool) -> list[Row]:
     steps, params, peaks, repeats = [], [], [], []
     for name, compile_it in track(cases, "warming up", console=console, disable=not console.is_terminal):
         model = build(name, settings.size)
@@ -207,28 +211,29 @@ def measure(names: Sequence[str], settings: Settings, *, compiled: bool = False)
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{name} does not run on {settings.size} x {settings.size} pictures: {reason}") from error
         peaks.append(_cuda_peak(steps[-1], settings.device) - before if cuda else _cpu_peak(name, settings, compile_it))
-        seconds = min(_time(steps[-1], 1, cuda) for _ in range(2))
+        seconds = min(_time(steps[-1], 1, settings.device) for _ in range(2))
         repeats.append(math.ceil(settings.seconds / seconds))
     rates: list[list[float]] = [[] for _ in cases]
     for first in track(range(settings.rounds), "measuring", console=console, disable=not console.is_terminal):
         for turn in range(len(cases)):
             case = (first + turn) % len(cases)
-            rates[case].append(settings.batch * repeats[case] / _time(steps[case], repeats[case], cuda))
+            rates[case].append(settings.batch * repeats[case] / _time(steps[case], repeats[case], settings.device))
     return [
         Row(name, compile_it, count, tuple(rate), peak and peak / MEBIBYTE)
         for (name, compile_it), count, rate, peak in zip(cases, params, rates, peaks)
     ]
 
 
-def _time(step: Callable[[], Tensor], repeats: int, cuda: bool) -> float:
+def _time(step: Callable[[], Tensor], repeats: int, device: str) -> float:
     """Seconds of some steps in a row."""
+    cuda = device.startswith("cuda")
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         step()
     if cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -266,14 +271,14 @@ def _resident(field: str) -> int:
 def environment(settings: Settings) -> dict[str, Any]:
     """Device, versions and threads, for the header and the JSON file."""
     cuda = settings.device.startswith("cuda")
-    packages = ["torch", "timm", "linear-vision-zoo", *(["triton"] if cuda else [])]
     return {
         "device": torch.cuda.get_device_name(settings.device)
         if cuda
         else f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in ("torch", "timm", "linear-vision-zoo")},
+        **({"triton": importlib.import_module("triton").__version__} if cuda and find_spec("triton") else {}),
     }
 
 
@@ -284,12 +289,12 @@ def report(rows: Sequence[Row], settings: Settings) -> Table:
     what = f"{'training' if settings.train else 'inference'}, {settings.batch} x {settings.size} x {settings.size}"
     layout = ", channels last" if settings.channels_last else ""
     table = Table(title=f"{facts}\n{what}, {settings.dtype.value}{autocast}{layout}, {settings.rounds} rounds")
-    table.add_column("model", overflow="fold")
+    table.add_column("model", no_wrap=True)
     for heading in ("mode", "params (M)", "images/s", "spread", "peak MiB", "relative"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
-            row.name,
+            Path(row.name).name,
             "compiled" if row.compiled else "eager",
             f"{row.params / 1e6:.2f}",
             f"{row.median:.1f}",

@@ -64,6 +64,7 @@ class Config:
     pretrained: bool = False  # start from the weights that timm or the zoo publish for the model
 
     img_size: int = 224
+    eval_size: int = 0  # of the pictures that are evaluated; 0: img_size
     crop_pct: float | None = None  # None: the model's own
     workers: int = 4  # per process
     crop_min: float = 0.08  # smallest share of a picture that a training crop may cover
@@ -109,7 +110,7 @@ class Config:
 
 
 # What may change between a run and its continuation; anything else would make it another run.
-MAY_CHANGE = {"output", "train_data", "val_data", "classes", "workers", "compile", "export_half"} | {
+MAY_CHANGE = {"output", "train_data", "val_data", "classes", "workers", "compile", "export_half", "eval_size"} | {
     "max_minutes",
     "checkpoint_every",
     "eval_every",
@@ -209,10 +210,10 @@ def _folder_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
     """Pictures in one folder per class, through timm's datasets, transforms and mixup."""
     rank, world = accelerator.process_index, accelerator.num_processes
     statistics = resolve_data_config(
-        {"img_size": config.img_size, "crop_pct": config.crop_pct},
+        {"img_size": config.eval_size or config.img_size, "crop_pct": config.crop_pct},
         pretrained_cfg=timm.get_pretrained_cfg(config.model).to_dict(),
     )
-    shared = {key: statistics[key] for key in ("input_size", "mean", "std")}
+    shared = {key: statistics[key] for key in ("mean", "std")}
     reads = create_dataset("", root=_folder(config.train_data or config.val_data))
     class_map = reads.reader.class_to_idx
     classes = sorted(class_map, key=class_map.get)
@@ -221,6 +222,7 @@ def _folder_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
 
     def train(start: int) -> Batches:
         reads.transform = create_transform(
+            (3, config.img_size, config.img_size),
             **shared,
             is_training=True,
             scale=(config.crop_min, 1.0),
@@ -264,9 +266,8 @@ def _folder_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
 
     def val() -> Batches:
         pictures = create_dataset("", root=_folder(config.val_data), class_map=class_map)
-        pictures.transform = create_transform(
-            **shared, crop_pct=statistics["crop_pct"], interpolation=statistics["interpolation"]
-        )
+        kept = {key: statistics[key] for key in ("input_size", "crop_pct", "interpolation")}
+        pictures.transform = create_transform(**shared, **kept)
         part = Subset(pictures, range(rank, len(pictures), world))
         for images, labels in DataLoader(part, 64, num_workers=config.workers, pin_memory=pin):
             yield images.to(accelerator.device, non_blocking=True), labels
@@ -278,6 +279,7 @@ def _sprite_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
     """Sprites composed on the device."""
     rank, world = accelerator.process_index, accelerator.num_processes
     tests = load_sprites(_folder(config.val_data), accelerator.device)
+    eval_size = config.eval_size or config.img_size
 
     def train(start: int) -> Batches:
         sprites = load_sprites(_folder(config.train_data), accelerator.device)
@@ -288,10 +290,10 @@ def _sprite_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
         return (composer(number, micro, rank) for number in itertools.count(start))
 
     def val(background: str) -> Batches:
-        return itertools.islice(evaluation_batches(tests, config.img_size, background), rank, None, world)
+        return itertools.islice(evaluation_batches(tests, eval_size, background), rank, None, world)
 
     sets = {background: lambda background=background: val(background) for background in BACKGROUNDS}
-    return Data(tests.classes, train, sets, 0, resolve_data_config({"img_size": config.img_size}))
+    return Data(tests.classes, train, sets, 0, resolve_data_config({"img_size": eval_size, "crop_pct": 1.0}))
 
 
 def _folder(path: str) -> str:
@@ -350,7 +352,7 @@ def metrics(labels: np.ndarray, guesses: np.ndarray, classes: list[str], groups:
     of = np.array([groups.get(name, "") for name in classes])[labels]
     result["groups"] = {group: accuracy(of == group) for group in sorted({*of} - {""})}
     wrong = Counter((classes[t], classes[g]) for t, g in zip(labels[~hits[:, 0]], guesses[~hits[:, 0], 0]))
-    result["confusions"] = [[true, guess, count] for (true, guess), count in wrong.most_common(40)]
+    result["confusions"] = [[true, guess, count] for (true, guess), count in wrong.most_common(2000)]
     return result
 
 
@@ -426,16 +428,16 @@ def run(config: Config) -> dict[str, Any] | None:
     net = build_model(config, len(data.classes)).to(accelerator.device)
     if accelerator.is_main_process:
         Path(config.output).mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {}
     if config.mode == "train":
-        net, step = _train(config, accelerator, data, net, micro, groups, began)
+        net, facts = _train(config, accelerator, data, net, micro, groups, began)
         if net is None:
             return None
-    result = {"model": config.model, "parameters": sum(p.numel() for p in net.parameters())}
+    result = {"model": config.model, "parameters": sum(p.numel() for p in net.parameters()), **facts}
     for name, batches in data.val.items():
         result[name] = metrics(*evaluate(net, batches(), accelerator), data.classes, groups)
     if accelerator.is_main_process:
         if config.mode == "train":
-            result["step"] = step
             _export(config, data, net, result, "model.safetensors")
         result["config"] = dataclasses.asdict(config)
         _write(Path(config.output) / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1)))
@@ -454,8 +456,12 @@ def _train(
     micro: int,
     groups: dict[str, str],
     began: float,
-) -> tuple[nn.Module | None, int]:
-    """Train from the last checkpoint, if any, to the end: the averaged model, or None when the time is up; the step."""
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Train from the last checkpoint, if any, to the end.
+
+    Returns:
+        The averaged model, or None when the time is up; the step, the minutes that all steps took, and on what.
+    """
     steps_per_epoch = data.epoch // config.grad_accum
     if config.epochs and not steps_per_epoch:
         raise ValueError(f"train_data holds fewer pictures than one batch of {config.batch_size}: lower batch_size")
@@ -481,20 +487,30 @@ def _train(
     averaged = ema.module if ema else net
 
     file, step, best = Path(config.output) / "last.pt", 0, -1.0
+    gpu = accelerator.device.type == "cuda"
+    device = f"{accelerator.num_processes} x {torch.cuda.get_device_name() if gpu else 'CPU'}"
+    earlier, since = 0.0, time.monotonic()
     if file.exists():
         saved = torch.load(file, map_location=accelerator.device, weights_only=True)
         _check_same_run(saved["config"], config, file)
-        step, best = saved["step"], saved["best"]
+        step, best, earlier = saved["step"], saved["best"], saved["minutes"]
+        device = saved["device"] if step == total else device
         net.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["model_ema"])
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler:
             accelerator.scaler.load_state_dict(saved["scaler"])
 
+    start = step
+
+    def facts() -> dict[str, Any]:
+        now = (time.monotonic() - since) / 60 if step > start else 0.0
+        return {"step": step, "minutes": earlier + now, "device": device}
+
     def save() -> None:
         if accelerator.is_main_process:
             state = {"model": net.state_dict(), "model_ema": averaged.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, "step": step}
+            state |= {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, **facts()}
             state |= {"best": best, "config": dataclasses.asdict(config)}
             _write(file, lambda path: torch.save(state, path))
 
@@ -512,7 +528,7 @@ def _train(
             if time_is_up():
                 save()
                 report.line(f"stopped at step {step} of {total}, the time is up: run the same command to go on")
-                return None, step
+                return None, {}
             net.train()
             scheduler.step_update(step)
             for part in range(config.grad_accum):
@@ -548,7 +564,7 @@ def _train(
                 save()
     finally:
         report.close()
-    return averaged, step
+    return averaged, facts()
 
 
 def _check_same_run(saved: dict[str, Any], config: Config, file: Path) -> None:

@@ -84,7 +84,8 @@ def create_model(
 
     Args:
         name: any name of the zoo or of timm.
-        checkpoint: as ``source`` of ``load_checkpoint``; None leaves the model as timm makes it.
+        checkpoint: as ``source`` of ``load_checkpoint``; None leaves the model as timm makes it. With ``pretrained``
+            the files of the zoo's authors are downloaded and read as any other checkpoint.
         strict: as of ``load_checkpoint``.
         which: as of ``load_checkpoint``.
         **kwargs: of ``timm.create_model``.
@@ -96,7 +97,9 @@ def create_model(
         CheckpointError, OSError, ValueError: as ``load_checkpoint``.
     """
     if checkpoint is None:
-        return timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **_authors_weights(name, kwargs), **kwargs)
+        (getattr(model, "pretrained_cfg", None) or {}).pop("state_dict", None)  # what was loaded is not needed twice
+        return model
     if not kwargs.get("features_only"):
         model = timm.create_model(name, **kwargs)
         load_checkpoint(model, checkpoint, strict=strict, which=which)
@@ -114,6 +117,21 @@ def create_model(
         }
     )
     return features
+
+
+def _authors_weights(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """For a pretrained model of the zoo, what makes timm take the authors' file as read here.
+
+    timm would read it with ``torch.load``, which refuses a file that holds more than tensors, and start over a download
+    that was cut off.
+    """
+    given = {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys()
+    if not kwargs.get("pretrained") or given or not timm.is_model(name):
+        return {}
+    if not timm.model_entrypoint(name).__module__.startswith("zoo."):
+        return {}
+    url = timm.get_pretrained_cfg(name).url
+    return {"pretrained_cfg_overlay": {"state_dict": _read(url, "auto")[0]}} if url else {}
 
 
 def load_checkpoint(model: nn.Module, source: Source, *, strict: bool = True, which: Which = "auto") -> LoadReport:

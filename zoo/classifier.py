@@ -245,7 +245,8 @@ def _build(name: str, checkpoint: str | None, labels: Sequence[str] | None) -> n
     try:
         return create_model(name, pretrained=True)
     except OSError as error:  # of huggingface_hub and of urllib
-        raise ConnectionError(f"The weights of {name} cannot be fetched now: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ConnectionError(f"The weights of {name} cannot be fetched now: {reason}") from error
 
 
 def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:

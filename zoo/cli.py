@@ -250,7 +250,8 @@ def _report(failed: Sequence[ImageError], done: int) -> None:
 def _table(results: Sequence[Result]) -> Table:
     folders = {os.path.dirname(result.source) for result in results}
     shared = folders.pop() if len(folders) == 1 else ""
-    table = Table("Picture", "Name", "", box=None, pad_edge=False, title=shared or None, title_justify="left")
+    title = Text(shared) if shared else None
+    table = Table("Picture", "Name", "", box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("Probability", justify="right")
     for result in results:
         picture = os.path.relpath(result.source, shared) if shared else result.source

@@ -6,11 +6,6 @@ from torch import Tensor, nn
 from zoo.kernels import depthwise_conv2d
 
 
-def channels_first(module: nn.Module, x: Tensor) -> Tensor:
-    """Run a module of PyTorch that expects (B, C, H, W) on tokens (B, H, W, C), through views."""
-    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise convolution with "same" padding over (B, H, W, C), through `zoo.kernels.depthwise_conv2d`.
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.kernels.depthwise_conv.reference import depthwise_conv2d_reference
 
 from zoo.kernels import depthwise_conv2d
+from zoo.kernels.depthwise_conv.reference import depthwise_conv2d_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # kernel size, stride, dilation, residual

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from zoo.kernels.dispatch import select_backend
 
 from zoo.kernels import depthwise_conv2d
+from zoo.kernels.dispatch import select_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BOTH = {"torch": "torch", "triton": "triton"}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.kernels.large_kernel_attention.reference import large_kernel_attention_reference
 
 from zoo.kernels import large_kernel_attention
+from zoo.kernels.large_kernel_attention.reference import large_kernel_attention_reference
 
 NAMES = ("x", "local_weight", "local_bias", "dilated_weight", "dilated_bias", "mix_weight", "mix_bias")
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from zoo.kernels.linear_attention.reference import FEATURE_MAPS, linear_attention_reference
 
 from zoo.kernels import linear_attention
+from zoo.kernels.linear_attention.reference import FEATURE_MAPS, linear_attention_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from zoo.kernels.rotary import rotary_angles, rotate
 
 

@@ -210,6 +210,29 @@ def test_time_budget_stops_with_a_checkpoint_and_goes_on(folders, tmp_path, caps
     assert T.run(dataclasses.replace(config, max_minutes=0.0))["step"] == 6
 
 
+@pytest.mark.parametrize(("kind", "name"), [("sprites", "white"), ("pictures", "val")])
+def test_a_finished_run_is_measured_again_at_another_size(folders, tmp_path, monkeypatch, kind, name):
+    config = settings(folders, tmp_path, kind, crop_pct=1.0)
+    trained = T.run(config)
+    assert trained["device"] == "1 x CPU" and 0 < trained["minutes"] < 5
+    seen = []
+    evaluate = T.evaluate
+
+    def spy(model, batches, accelerator):
+        batches = list(batches)
+        seen.extend(images.shape[-1] for images, _ in batches)
+        return evaluate(model, iter(batches), accelerator)
+
+    monkeypatch.setattr(T, "evaluate", spy)
+    again = T.run(dataclasses.replace(config, eval_size=48))
+    assert set(seen) == {48}
+    assert (again["step"], again["device"]) == (trained["step"], trained["device"])
+    assert again["minutes"] == pytest.approx(trained["minutes"], abs=0.01) and again[name]["count"] > 0
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        preprocessing = json.loads(file.metadata()["preprocessing"])
+    assert (preprocessing["input_size"], preprocessing["crop_pct"]) == ([3, 48, 48], 1.0)
+
+
 def test_another_run_in_the_same_output_is_refused(folders, tmp_path):
     T.run(settings(folders, tmp_path, steps=2))
     with pytest.raises(ValueError, match=r"other settings \(lr, steps\): set another output"):

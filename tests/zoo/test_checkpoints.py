@@ -366,6 +366,47 @@ def test_create_model_is_timms_with_weights(resnet, tmp_path):
     assert plain.num_classes == 4
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "shape"),
+    [
+        ({}, (2, 1000)),
+        ({"num_classes": 4}, (2, 4)),  # another head: timm leaves the file's out
+        ({"num_classes": 0}, (2, 32)),
+        ({"in_chans": 1}, (2, 1000)),
+    ],
+)
+def test_the_authors_files_are_read_safely_when_pretrained(tmp_path, monkeypatch, kwargs, shape):
+    torch.manual_seed(0)
+    trained = timm.create_model("test_van").eval()
+    file = tmp_path / "published.pth"
+    torch.save({"state_dict": trained.state_dict(), "args": argparse.Namespace(lr=1), "best": np.float64(3)}, file)
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        torch.load(file, weights_only=True)
+    published = timm.get_pretrained_cfg("test_van")
+    monkeypatch.setattr(published, "url", str(file))
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: published)
+    model = create_model("test_van", pretrained=True, **kwargs).eval()
+    assert not model.pretrained_cfg.get("state_dict")
+    ours, theirs = model.state_dict(), trained.state_dict()
+    differ = {key for key in theirs if key not in ours or not torch.equal(ours[key], theirs[key])}
+    changed = {"num_classes": ("head.",), "in_chans": ("stem.",)}.get(next(iter(kwargs), ""), ())
+    assert all(key.startswith(changed) for key in differ) and bool(differ) == bool(changed)
+    assert model(torch.randn(2, kwargs.get("in_chans", 3), 64, 64)).shape == shape
+
+
+def test_pretrained_models_of_timm_are_left_to_timm(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: seen.append((name, kwargs)) or nn.Identity())
+    for name in ("resnet18", "hf-hub:owner/repo"):
+        create_model(name, pretrained=True)
+    create_model("van_b0", pretrained=True, pretrained_cfg_overlay={"file": "x.pth"})
+    assert seen == [
+        ("resnet18", {"pretrained": True}),
+        ("hf-hub:owner/repo", {"pretrained": True}),
+        ("van_b0", {"pretrained": True, "pretrained_cfg_overlay": {"file": "x.pth"}}),
+    ]
+
+
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter"])
 def test_features_come_from_the_checkpoint(resnet, feature_cls):
     model = create_model(
