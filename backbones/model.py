@@ -180,7 +180,7 @@ class Backbone(nn.Module):
         Args:
             x: pictures (B, in_chans, H, W).
             indices: the last n stages, these stages, or all if None.
-            norm: no effect: the maps are what the authors' dense models take, with the norm of their stage if it has one.
+            norm: no effect: the maps are those of the authors' dense models, with the norm of a stage that has one.
             stop_early: do not run stages that are not asked for.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: leave out the final features.

@@ -26,6 +26,7 @@ from zoo.kernels.rotary import rotary_angles, rotate
 
 __all__ = ["RAVLT"]
 
+
 class RankAugmentedAttention(nn.Module):
     """RALA, ``proj((attention(q, k, v) + local(v)) * o)`` (eq. 5-9): (B, H, W, C) to the same.
 

@@ -4,9 +4,12 @@
 ``triton``; asking for Triton where it cannot run is an error that says why.
 """
 
+import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -38,11 +41,38 @@ def select_backend(op: str, backends: Mapping[str, Callable], device: torch.devi
     return backends["torch" if obstacle else "triton"]
 
 
+def triton_backend(module: str, function: str, fallback: Callable) -> Callable:
+    """A function of a module with Triton kernels, which is imported when it runs: not every platform has Triton.
+
+    Where Triton gives up (a GPU it does not know, too little shared memory), the fallback computes, with a warning;
+    not if the user asked for Triton.
+    """
+
+    def run(*arguments: Any) -> Any:
+        from triton.errors import TritonError
+
+        try:
+            return getattr(importlib.import_module(module), function)(*arguments)
+        except TritonError as error:
+            if triton_asked_for():
+                raise
+            reason = str(error).splitlines()[-1]
+            warnings.warn(f"{module} computes with PyTorch, because Triton cannot here: {reason}", stacklevel=2)
+            return fallback(*arguments)
+
+    return run
+
+
+def triton_asked_for() -> bool:
+    """Whether the user wants Triton; for kernels that are right in its interpreter but have not run on a GPU yet."""
+    return os.environ.get("ZOO_KERNELS") == "triton"
+
+
 def _obstacle(backends: Mapping[str, Callable], device: torch.device) -> str:
     """Why Triton cannot compute an operator on a device; empty if it can."""
     if "triton" not in backends:
         return "it has no Triton backend yet"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("ZOO_KERNELS") == "triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and triton_asked_for()
     if device.type != "cuda" and not interpreted:
         return f"its tensors are on the {device.type} device, not on a GPU"
     if importlib.util.find_spec("triton") is None:

@@ -1,7 +1,7 @@
-"""2D rotary position encoding (RALA, section 3): the first half of a head turns with the row, the second with the column.
+"""2D rotary position encoding: the first half of a head turns with the row, the second half with the column.
 
-Channel pairs (2i, 2i + 1) are rotated by ``position * base ** -t_i``; the exponents t are evenly spaced from 0 to 1, both
-included, over the pairs of one half.
+Channel pairs (2i, 2i + 1) are rotated by ``position * base ** -t_i``; the exponents t are evenly spaced from 0 to 1,
+both included, over the pairs of one half.
 """
 
 import torch

@@ -45,8 +45,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
     top1 = "" if entry.top1 is None else f"{entry.top1:.1f}"
     weights = entry.weights
     if weights.startswith(HUB):
-        name = weights.removeprefix(HUB)
-        weights = f"[{name}](https://huggingface.co/{name})"
+        owner, repository, *file = weights.removeprefix(HUB).split("/", 2)
+        weights = f"[{file[0] if file else repository}](https://huggingface.co/{owner}/{repository})"
     return f"`{entry.name}`", family, *counts, top1, "yes" if entry.golden else "", weights, weights and entry.licence
 
 

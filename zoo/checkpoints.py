@@ -235,7 +235,10 @@ def save_checkpoint(
     part = destination.with_name(f".{destination.name}.{os.getpid()}")
     tensors = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
         safetensors.torch.save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        part.chmod(mode)
         os.replace(part, destination)
     finally:
         part.unlink(missing_ok=True)

@@ -1,14 +1,13 @@
 """The depthwise convolution as one PyTorch operator, ``zoo::depthwise_conv2d``."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.kernels.depthwise_conv import torch_backend
-from zoo.kernels.dispatch import select_backend
+from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
 from zoo.kernels.library import check_float, check_shape, register_op
 
 NAME = "depthwise_conv2d"
@@ -79,15 +78,9 @@ def compute_backward(
 def _backends(x: Tensor, weight: Tensor, stride: int, dilation: int, direction: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, direction)}
     strided = stride > 1 and (dilation > 1 or direction == "backward")
-    if x.dtype != torch.float64 and weight.shape[-1] <= TRITON_MAX_SIZE and not strided:
-        backends["triton"] = partial(_on_triton, direction)
+    if triton_asked_for() and x.dtype != torch.float64 and weight.shape[-1] <= TRITON_MAX_SIZE and not strided:
+        backends["triton"] = triton_backend("zoo.kernels.depthwise_conv.triton", direction, backends["torch"])
     return backends
-
-
-def _on_triton(direction: str, *arguments: Any) -> Any:
-    from zoo.kernels.depthwise_conv import triton  # imported where it runs: not every platform has Triton
-
-    return getattr(triton, direction)(*arguments)
 
 
 def flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:

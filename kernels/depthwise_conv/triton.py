@@ -1,9 +1,9 @@
 """The depthwise convolution in Triton, on channels-last memory.
 
-A program makes ``ROWS`` rows of ``COLUMNS`` columns of ``CHANNELS`` channels of the result. All taps stay in registers, and
-so do the sums of all rows: an input row is loaded (and converted) once for each horizontal tap and serves every output
-row that it reaches, so per multiplication there is a fifth of a load. With a dilation d the rows of a program are d
-apart, which makes their inputs d apart as well. The gradient of the input is the same kernel with the taps turned around.
+A program makes ``ROWS`` rows of ``COLUMNS`` columns of ``CHANNELS`` channels of the result. All taps and the sums of
+all rows stay in registers: an input row is loaded (and converted) once for each horizontal tap and serves every output
+row that it reaches, a few multiplications per load. With a dilation d the rows of a program are d apart, which makes
+their inputs d apart as well. The gradient of the input is the same kernel with the taps turned around.
 """
 
 import torch
@@ -48,9 +48,8 @@ def _conv(
             values = tl.load(x + row.to(tl.int64) * x_h + column[:, None] * x_w, mask=valid, other=0.0).to(tl.float32)
             updated = ()
             for i in tl.static_range(ROWS):
-                u = r - STRIDE * i
-                if u >= 0 and u < K:
-                    updated = updated + (sums[i] + values * taps[u * K + v][None, :],)
+                if r - STRIDE * i >= 0 and r - STRIDE * i < K:
+                    updated = updated + (sums[i] + values * taps[(r - STRIDE * i) * K + v][None, :],)
                 else:
                     updated = updated + (sums[i],)
             sums = updated
@@ -100,9 +99,8 @@ def _conv_weight(
                 values = tl.load(place, mask=valid, other=0.0).to(tl.float32)
                 step = ()
                 for t in tl.static_range(K * K):
-                    i = r - t // K
-                    if t % K == v and i >= 0 and i < ROWS:
-                        step = step + (updated[t] + values * grads[i],)
+                    if t % K == v and r - t // K >= 0 and r - t // K < ROWS:
+                        step = step + (updated[t] + values * grads[r - t // K],)
                     else:
                         step = step + (updated[t],)
                 updated = step

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo.kernels.depthwise_conv.op import TRITON_MAX_SIZE
-from zoo.kernels.dispatch import select_backend
+from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
 from zoo.kernels.large_kernel_attention import torch_backend
 from zoo.kernels.library import check_float, check_shape, register_op
 
@@ -87,15 +86,9 @@ def compute_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 def _backends(x: Tensor, parameters: Sequence[Any], direction: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, direction)}
     sizes = (parameters[0].shape[-1], parameters[2].shape[-1])
-    if x.dtype != torch.float64 and max(sizes) <= TRITON_MAX_SIZE:
-        backends["triton"] = partial(_on_triton, direction)
+    if triton_asked_for() and x.dtype != torch.float64 and max(sizes) <= TRITON_MAX_SIZE:
+        backends["triton"] = triton_backend("zoo.kernels.large_kernel_attention.triton", direction, backends["torch"])
     return backends
-
-
-def _on_triton(direction: str, *arguments: Any) -> Any:
-    from zoo.kernels.depthwise_conv import triton  # imported where it runs: not every platform has Triton
-
-    return getattr(torch_backend, direction)(*arguments, depthwise=triton)
 
 
 def flops(x: Any, local_weight: Any, _: Any, dilated_weight: Any, *__: Any, **___: Any) -> int:

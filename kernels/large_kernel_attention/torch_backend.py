@@ -25,7 +25,9 @@ def forward(
     depthwise: ModuleType = torch_backend,
 ) -> Tensor:
     """As ``large_kernel_attention``."""
-    stages = _stages(x, local_weight, local_bias, dilated_weight, dilated_bias, mix_weight, mix_bias, dilation, depthwise)
+    stages = _stages(
+        x, local_weight, local_bias, dilated_weight, dilated_bias, mix_weight, mix_bias, dilation, depthwise
+    )
     return stages[2].mul_(x)
 
 

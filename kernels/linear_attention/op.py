@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend
+from zoo.kernels.dispatch import select_backend, triton_backend
 from zoo.kernels.library import check_float, check_shape, register_op
 from zoo.kernels.linear_attention import torch_backend
 from zoo.kernels.linear_attention.reference import FEATURE_MAPS
@@ -105,17 +104,13 @@ def compute_backward(
 def _backends(q: Tensor, v: Tensor, direction: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, direction)}
     if q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= TRITON_MAX_HEAD_DIM:
-        backends["triton"] = partial(_on_triton, direction)
+        backends["triton"] = triton_backend("zoo.kernels.linear_attention.triton", direction, backends["torch"])
     return backends
 
 
-def _on_triton(direction: str, *arguments: Any) -> Any:
-    from zoo.kernels.linear_attention import triton  # imported where it runs: not every platform has Triton
-
-    return getattr(triton, direction)(*arguments)
-
-
-def flops(q: Any, k: Any, v: Any, local: Any, gate: Any, feature_map: str, token_weights: bool, *_: Any, **__: Any) -> int:
+def flops(
+    q: Any, k: Any, v: Any, local: Any, gate: Any, feature_map: str, token_weights: bool, *_: Any, **__: Any
+) -> int:
     """Two per multiply-accumulate of the state, the read-out, the normaliser and the scores of the token weights."""
     tokens, dim, value_dim = math.prod(q[:3]), q[3], v[3]
     return 2 * tokens * (2 * dim * value_dim + (2 if token_weights else 1) * dim)

@@ -6,7 +6,6 @@ The names are those of the formulas in ``reference.py``; a leading d is a gradie
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.library import accumulation_dtype
@@ -27,7 +26,7 @@ class Settings:
 
 
 class _Pass:
-    """What the forward and the backward pass share: features, weights, state and read-out, in the accumulation dtype."""
+    """What the forward and the backward pass share, in the accumulation dtype: features, weights, state, read-out."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
         self.settings = settings

@@ -1,7 +1,7 @@
 """2D linear attention in Triton.
 
-The names are those of the formulas in ``reference.py``; p_n are the token weights over N, which sum to 1. A program works
-on a chunk of the tokens of one head of one picture, block by block. The forward pass has four kernels:
+The names are those of the formulas in ``reference.py``; p_n are the token weights over N, which sum to 1. A program
+works on a chunk of the tokens of one head of one picture, block by block. The forward pass has four kernels:
 
 1. ``_mean``: parts of m, the mean query (only with token weights);
 2. ``_state``: parts of S and of the mean key, with an online softmax of the token weights;
@@ -10,8 +10,8 @@ on a chunk of the tokens of one head of one picture, block by block. The forward
 
 The backward pass keeps S, the mean key, m and the softmax's maximum and sum, O(D E) numbers per head, and computes the
 rest again: ``_read_backward`` (gradients of gate, local term and parts of that of S), ``_combine_backward``,
-``_state_backward`` (keys and values, and parts of the gradient of m) and ``_query_backward``. The gradient of the softmax
-needs sum_n p_n dp_n, which is <S, dS> + <mean key, its gradient>, so it takes no pass over the tokens.
+``_state_backward`` (keys and values, and parts of the gradient of m) and ``_query_backward``. The gradient of the
+softmax needs sum_n p_n dp_n, which is <S, dS> + <mean key, its gradient>, so it takes no pass over the tokens.
 """
 
 import functools
@@ -85,7 +85,9 @@ def _dot(a, b, DOT: tl.constexpr):
 
 
 @triton.jit
-def _mean(q, part, s_b, s_n, s_h, N, heads, chunk, KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def _mean(
+    q, part, s_b, s_n, s_h, N, heads, chunk, KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+):
     """part[head, split] = sum of f(q) over a chunk."""
     split, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BD)
@@ -217,7 +219,9 @@ def _read(
         y = _dot(x, matrix, DOT) / normaliser[:, None]
         valid = (n < N)[:, None] & (e < E)[None, :]
         if LOCAL:
-            y += tl.load(local + batch * l_b + place * l_h + at * l_n + e[None, :], mask=valid, other=0.0).to(tl.float32)
+            y += tl.load(local + batch * l_b + place * l_h + at * l_n + e[None, :], mask=valid, other=0.0).to(
+                tl.float32
+            )
         if GATE:
             y *= tl.load(gate + batch * g_b + place * g_h + at * g_n + e[None, :], mask=valid, other=0.0).to(tl.float32)
         target = out + ((batch * N + at) * heads + place) * E + e[None, :]
@@ -378,7 +382,9 @@ def _query_backward(
         if ROTATE:
             cos, sin = _angles(table, n, height, width, D, BD)
             x = _turn(x, cos, sin, BN, BD)
-        dx = _dot(dy, tl.trans(matrix), DOT)  # of the turned queries, whose product with them is that of dy and R(f(q)) S
+        dx = _dot(
+            dy, tl.trans(matrix), DOT
+        )  # of the turned queries, whose product with them is that of dy and R(f(q)) S
         d_normaliser = -tl.sum(dx * x, 1) / normaliser
         if ROTATE:
             dx = _turn(dx, cos, -sin, BN, BD)
@@ -406,7 +412,9 @@ class _Plan:
         batch, self.N, self.heads, D = q.shape
         E = v.shape[-1]
         self.BD, self.BE = (max(16, triton.next_power_of_2(x)) for x in (D, E))
-        self.BN = 128 if max(self.BD, self.BE) <= 64 and q.element_size() == 2 else 64 if self.BD * self.BE <= 64 * 128 else 32
+        small = max(self.BD, self.BE) <= 64
+        # Products of float16 numbers are taken of float32 ones, as large as those of float32 in shared memory.
+        self.BN = 128 if small and q.dtype == torch.bfloat16 else 64 if small or q.dtype == torch.bfloat16 else 32
         self.count = batch * self.heads
         blocks = triton.cdiv(self.N, self.BN)
         self.splits = min(blocks, max(1, PROGRAMS // self.count), 64)
@@ -451,9 +459,7 @@ def _states(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, settings: Settings) ->
         k, v, mean_part, plan.table, state_part, key_part, stats_part, *_strides(k), *_strides(v),
         plan.N, plan.heads, plan.chunk, plan.splits, *plan.place, plan.scale, **weights, **plan.constants,
     )  # fmt: skip
-    state, key, mean, stats = (
-        plan.empty(q, plan.count, size) for size in (plan.BD * plan.BE, plan.BD, plan.BD, 2)
-    )
+    state, key, mean, stats = (plan.empty(q, plan.count, size) for size in (plan.BD * plan.BE, plan.BD, plan.BD, 2))
     _combine[(plan.tiles, plan.count)](
         state_part, key_part, stats_part, mean_part, state, key, stats, mean, plan.splits, plan.splits, plan.N,
         **weights, BD=plan.BD, BE=plan.BE, ROWS=plan.rows,

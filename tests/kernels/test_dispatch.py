@@ -1,10 +1,12 @@
 """The choice of a backend."""
 
+import sys
+
 import pytest
 import torch
 
 from zoo.kernels import depthwise_conv2d
-from zoo.kernels.dispatch import select_backend
+from zoo.kernels.dispatch import select_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BOTH = {"torch": "torch", "triton": "triton"}
@@ -39,3 +41,23 @@ def test_a_wrong_choice_reaches_the_user(monkeypatch):
     monkeypatch.setenv("ZOO_KERNELS", "cuda")
     with pytest.raises(ValueError, match="ZOO_KERNELS='cuda' is not one of auto, triton, torch"):
         depthwise_conv2d(torch.zeros(1, 2, 2, 1), torch.zeros(1, 1, 3, 3))
+
+
+class _GivesUp:
+    @staticmethod
+    def forward(x):
+        from triton.errors import TritonError
+
+        raise TritonError("out of resource: shared memory")
+
+
+def test_where_triton_gives_up_pytorch_computes_with_a_warning(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "gives_up", _GivesUp)
+    monkeypatch.delenv("ZOO_KERNELS", raising=False)
+    run = triton_backend("gives_up", "forward", lambda x: x + 1)
+    with pytest.warns(UserWarning, match="gives_up computes with PyTorch, because Triton cannot here: out of resource"):
+        assert run(1) == 2
+    monkeypatch.setenv("ZOO_KERNELS", "triton")
+    with pytest.raises(Exception, match="out of resource"):
+        run(1)

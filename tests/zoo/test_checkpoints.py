@@ -518,3 +518,9 @@ def test_damaged_safetensors_give_one_clean_error_or_load(tmp_path, edits, cut):
     except CheckpointError as error:
         assert "\n" not in str(error)
         assert same(model, filled(0))
+
+
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path):
+    save_checkpoint({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -88,7 +88,7 @@ def model_card(runs: Sequence[Metrics], classes: Sequence[Mapping[str, str]], pi
         HEAD.format(**facts),
         RESULTS.format(count=best["white"]["count"], steps=config["steps"]) + _comparison(runs),
         f"{best['model']} by group of classes:\n\n" + _groups(best),
-        f"What {best['model']} takes for one another most often, counted over the three backgrounds:\n\n"
+        f"Some of what {best['model']} takes for one another most often, counted over the three backgrounds:\n\n"
         + _confusions(best, {entry["slug"]: entry["name"] for entry in classes}),
         RECIPE.format(**recipe),
         DATA + _packages(pictures),
@@ -138,7 +138,11 @@ def _confusions(run: Metrics, names: Mapping[str, str]) -> str:
     for background in BACKGROUNDS:
         for true, guess, count in run[background]["confusions"]:
             pairs[tuple(sorted((true, guess)))] += count
-    commonest = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:CONFUSIONS]
+    commonest = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+    tied = [item for item in commonest if item[1] == commonest[min(CONFUSIONS, len(commonest)) - 1][1]]
+    first = commonest[: commonest.index(tied[0])] if tied else []
+    wanted = CONFUSIONS - len(first)
+    commonest = first + tied[:: max(1, len(tied) // wanted)][:wanted]  # of equally common ones some from all over
     rows = [(names[one], names[other], count) for (one, other), count in commonest]
     return _table(("Thing", "Thing", "Times, of 6"), *rows)
 
