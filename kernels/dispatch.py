@@ -71,7 +71,7 @@ def triton_asked_for() -> bool:
 def _obstacle(backends: Mapping[str, Callable], device: torch.device) -> str:
     """Why Triton cannot compute an operator on a device; empty if it can."""
     if "triton" not in backends:
-        return "it has no Triton backend yet"
+        return "it has no Triton kernel for these arguments"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and triton_asked_for()
     if device.type != "cuda" and not interpreted:
         return f"its tensors are on the {device.type} device, not on a GPU"
