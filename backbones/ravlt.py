@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d
+from zoo.backbones.layers.fold import affine, fold_after
 from zoo.backbones.layers.mlp import DepthwiseMlp
 from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
 from zoo.kernels import linear_attention
@@ -104,6 +105,14 @@ class Block(nn.Module):
         x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold the layer scales into the layers before them."""
+        fold_after(self.mixer.proj, self.ls1.gamma)
+        fold_after(self.mlp.fc2, self.ls2.gamma)
+        self.ls1, self.ls2 = nn.Identity(), nn.Identity()
+        return self
+
 
 ATTENTIONS = {"linear": RankAugmentedAttention, "softmax": RotarySoftmaxAttention}
 
@@ -121,6 +130,13 @@ class FinalProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, out_dim)."""
         return F.silu(self.norm(self.proj(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold the norm into the projection."""
+        fold_after(self.proj, *affine(self.norm))
+        self.norm = nn.Identity()
+        return self
 
 
 class RAVLT(Backbone):

@@ -19,6 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d
+from zoo.backbones.layers.fold import affine, fold_after, fold_before
 from zoo.backbones.layers.mlp import DepthwiseMlp
 from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, packaged
 from zoo.kernels import large_kernel_attention
@@ -93,6 +94,32 @@ class Block(nn.Module):
         x = x + self.drop_path1(self.ls1(self.mixer(y)))
         y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.drop_path2(self.ls2(self.mlp(y)))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The block for inference."""
+        return FusedBlock(self)
+
+
+class FusedBlock(nn.Module):
+    """A block for inference: the norms and layer scales are in the linear layers, one of each also in ``skip``."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        scale, shift = affine(block.norm1)
+        self.register_buffer("skip", (1 + block.ls1.gamma.double() * scale).to(block.ls1.gamma.dtype))
+        self.proj_in, self.act = block.mixer.proj_in, block.mixer.act
+        self.attn, self.proj_out = block.mixer.attn, block.mixer.proj_out
+        self.mlp = block.mlp
+        fold_before(self.proj_in, scale, shift)
+        fold_after(self.proj_out, block.ls1.gamma, block.ls1.gamma.double() * shift)
+        fold_before(self.mlp.fc1, *affine(block.norm2))
+        fold_after(self.mlp.fc2, block.ls2.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        x = x * self.skip + self.proj_out(self.attn(self.act(self.proj_in(x))))
+        return x + self.mlp(x)
 
 
 class VAN(Backbone):

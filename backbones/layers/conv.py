@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from zoo.backbones.layers.fold import affine, fold_after
 from zoo.kernels import depthwise_conv2d
 
 
@@ -68,3 +69,10 @@ class ConvNorm(nn.Module):
         """(B, H, W, C) to (B, H', W', C')."""
         x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
         return self.act(x.permute(0, 2, 3, 1))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Fold the norm into the convolution."""
+        fold_after(self.conv, *affine(self.norm))
+        self.norm = nn.Identity()
+        return self
