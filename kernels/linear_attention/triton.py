@@ -412,9 +412,9 @@ class _Plan:
         batch, self.N, self.heads, D = q.shape
         E = v.shape[-1]
         self.BD, self.BE = (max(16, triton.next_power_of_2(x)) for x in (D, E))
-        small = max(self.BD, self.BE) <= 64
-        # Products of float16 numbers are taken of float32 ones, as large as those of float32 in shared memory.
-        self.BN = 128 if small and q.dtype == torch.bfloat16 else 64 if small or q.dtype == torch.bfloat16 else 32
+        # With 8 warps no register spills for bfloat16 heads of 64. Products of float16 numbers are taken of float32 ones,
+        # so they need as much shared memory as those of float32.
+        self.BN = 64 if max(self.BD, self.BE) <= 64 or q.dtype == torch.bfloat16 else 32
         self.count = batch * self.heads
         blocks = triton.cdiv(self.N, self.BN)
         self.splits = min(blocks, max(1, PROGRAMS // self.count), 64)
@@ -428,7 +428,7 @@ class _Plan:
         # Triton's interpreter, on the CPU, has no bfloat16 products.
         dot = {torch.bfloat16: 0, torch.float16: 1}.get(q.dtype, 2) if q.is_cuda else 2
         sizes = {"D": D, "E": E, "BD": self.BD, "BE": self.BE, "BN": self.BN}
-        self.constants = {"KIND": KINDS[settings.feature_map], "ROTATE": rotate, "DOT": dot, **sizes, "num_warps": 4}
+        self.constants = {"KIND": KINDS[settings.feature_map], "ROTATE": rotate, "DOT": dot, **sizes, "num_warps": 8}
         self.place = (settings.height, settings.width)
         self.scale = D**-0.5
 
