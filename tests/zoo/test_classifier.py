@@ -1,6 +1,8 @@
 """zoo.Classifier: names and features are those of the model run by hand, whatever the batch, workers or input."""
 
+import gc
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -120,7 +122,21 @@ def test_a_stream_reads_only_a_little_ahead(model, pictures):
         next(results)
         assert taken <= number + 3 * 4
     results.close()
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)  # they end after the picture that they are decoding
     assert threading.active_count() == before
+
+
+def test_an_abandoned_stream_does_not_wait_for_its_threads(model, pictures, monkeypatch):
+    """The garbage collector runs in any place, also where threads start: waiting for one there would be forever."""
+    results = Classifier(model, batch_size=2).predict_all(pictures * 2)
+    next(results)
+    waited_for = []
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, *_: waited_for.append(thread))
+    del results
+    gc.collect()
+    assert not waited_for
 
 
 def test_embeddings(model, pictures):
