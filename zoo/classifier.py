@@ -196,8 +196,8 @@ class Classifier:
                 for source, small, item in loaded:
                     yield source, small, next(rows) if isinstance(item, Tensor) else item
         finally:
-            # Without waiting: the garbage collector may end an abandoned stream inside the start of another thread, which
-            # holds the lock that waiting for a thread needs.
+            # Without waiting: the garbage collector may end an abandoned stream inside the start of another thread,
+            # which holds the lock that waiting for a thread needs.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, image: Picture, thumbnail: int) -> tuple[Image.Image | None, Tensor | ImageError]:

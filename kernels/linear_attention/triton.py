@@ -412,8 +412,8 @@ class _Plan:
         batch, self.N, self.heads, D = q.shape
         E = v.shape[-1]
         self.BD, self.BE = (max(16, triton.next_power_of_2(x)) for x in (D, E))
-        # With 8 warps no register spills for bfloat16 heads of 64. Products of float16 numbers are taken of float32 ones,
-        # so they need as much shared memory as those of float32.
+        # With 8 warps no register spills for bfloat16 heads of 64. Products of float16 numbers are taken of float32
+        # ones, so they need as much shared memory as those of float32.
         self.BN = 64 if max(self.BD, self.BE) <= 64 or q.dtype == torch.bfloat16 else 32
         self.count = batch * self.heads
         blocks = triton.cdiv(self.N, self.BN)
