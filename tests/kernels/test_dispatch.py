@@ -29,7 +29,10 @@ def test_torch_is_always_there(monkeypatch):
 
 @pytest.mark.parametrize(
     ("backends", "device", "reason"),
-    [(BOTH, CPU, "on the cpu device, not on a GPU"), ({"torch": "torch"}, CUDA, "has no Triton kernel for these arguments")],
+    [
+        (BOTH, CPU, "on the cpu device, not on a GPU"),
+        ({"torch": "torch"}, CUDA, "has no Triton kernel for these arguments"),
+    ],
 )
 def test_triton_where_it_cannot_run_says_why(backends, device, reason, monkeypatch):
     monkeypatch.setenv("ZOO_KERNELS", "triton")
