@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +152,26 @@ def test_learns_and_reports(folders, tmp_path):
         )
     )
     assert measured["val"] == result["val"]
+
+
+def test_two_processes(folders, tmp_path):
+    """They share the pictures of a step and of the evaluation, and keep the same weights."""
+    config = settings(folders, tmp_path / "o", steps=20)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "zoo.tools.train_classifier", str(tmp_path / "c.yaml")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 20/20") == 1  # the main process alone reports
+    result = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert result["step"] == 20 and result["device"] == "2 x CPU"
+    assert result["val"]["count"] == 12 and result["val"]["top1"] >= 60
 
 
 def test_learns_from_sprites(folders, tmp_path):
