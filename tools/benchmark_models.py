@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import zoo  # noqa: F401  (registers the models)
+from zoo.console import output_console
 
 MEBIBYTE = 2**20
 PROC = Path("/proc/self")
@@ -339,7 +340,7 @@ def main(
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-    Console().print(report(rows, settings))
+    output_console().print(report(rows, settings))
     if json_path:
         save(rows, settings, json_path)
 

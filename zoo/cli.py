@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typer.core import TyperGroup
 from zoo.catalogue import CATALOGUE, DEFAULT_MODEL
 from zoo.checkpoints import convert_checkpoint
 from zoo.classifier import Classifier, Result, check_name
+from zoo.console import output_console
 from zoo.images import ImageError, find_images
 from zoo.sheet import LIMIT, THUMBNAIL, draw_sheet
 from zoo.stages import stage_table
@@ -158,7 +158,7 @@ def list_models(
         top1 = f"{entry.top1:.1f}" if entry.top1 else ""
         facts = (_short(entry.params), _short(entry.macs), top1, entry.licence, entry.weights)
         table.add_row(entry.name, entry.family, *facts, "yes" if entry.golden else "no")
-    _console().print(table)
+    output_console().print(table)
 
 
 @app.command()
@@ -174,7 +174,7 @@ def info(
     if as_json:
         _print_json({**facts, "size": size, "stages": [dataclasses.asdict(row) for row in rows]})
         return
-    console = _console()
+    console = output_console()
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in facts.items():
         text = _short(value) if key in ("params", "macs") else {True: "yes", False: "no", None: ""}.get(value, value)
@@ -218,7 +218,7 @@ def _classify(
         found = [{"source": result.source, **dataclasses.asdict(result.prediction)} for result in done]
         _print_json({"model": model, "results": found, "failed": [vars(error) for error in failed]})
     elif done:
-        _console().print(_table(done))
+        output_console().print(_table(done))
     if out and done:
         with _replacing(out) as part:
             draw_sheet(done, f"{model} · {classifier.model.num_classes:,} classes").save(part, "PNG")
@@ -260,11 +260,6 @@ def _table(results: Sequence[Result]) -> Table:
             table.add_row(Text(picture), Text(name), bar, f"{probability:.1%}", style="bold" if picture else "")
             picture = ""
     return table
-
-
-def _console() -> Console:
-    """Rich would fold everything that is piped at 80 columns."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 
 def _print_json(document: Any) -> None:
