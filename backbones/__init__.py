@@ -4,6 +4,6 @@ The repository's folder ``backbones`` is the package ``zoo.backbones``. Imported
 """
 
 if __name__ == "zoo.backbones":
-    from zoo.backbones import ravlt, van
+    from zoo.backbones import inline, lightnet, ravlt, slab, van, vig
 
-    __all__ = ["ravlt", "van"]
+    __all__ = ["inline", "lightnet", "ravlt", "slab", "van", "vig"]

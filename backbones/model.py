@@ -1,6 +1,6 @@
 """What every family of the zoo shares: stages, head and the rest of timm's contract for a backbone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -63,20 +63,21 @@ class Stage(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A hierarchical backbone: stem, stages, final norm, classifier.
+    """A backbone: stem, stages, final norm, classifier.
 
     Pictures and feature maps are (B, C, H, W), in channels-last memory; inside, tokens are (B, H, W, C). Any height and
     width will do; every stride rounds up.
 
     Args:
-        stem: pictures as (B, H, W, in_chans) to (B, ceil(H / 4), ceil(W / 4), C).
-        stages: each halves the resolution of the one before.
+        stem: pictures as (B, H, W, in_chans) to tokens (B, H', W', C).
+        stages: blocks at one resolution each; in a plain backbone all at the same.
         norm: what follows the last stage: (B, H, W, C) to (B, H, W, num_features).
         num_features: channels that the classifier gets.
         in_chans: channels of the pictures.
         num_classes: outputs; 0 for pooled features instead.
         global_pool: pooling before the classifier, a name of timm's; "" for none.
         drop_rate: dropout before the classifier.
+        reductions: pixels of the picture for one of each stage's map, along each side.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Backbone(nn.Module):
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        reductions: Sequence[int] = (4, 8, 16, 32),
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -101,7 +103,8 @@ class Backbone(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = norm
         self.feature_info = [
-            {"num_chs": stage.dim, "reduction": 4 << i, "module": f"stages.{i}"} for i, stage in enumerate(self.stages)
+            {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (stage, reduction) in enumerate(zip(self.stages, reductions, strict=True))
         ]
         self.head = ClassifierHead(num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = self._pooled_size()
@@ -231,7 +234,7 @@ class Backbone(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures (B, in_chans, H, W) to features (B, num_features, ceil(H / 32), ceil(W / 32))."""
+        """Pictures (B, in_chans, H, W) to features (B, num_features, H', W') of the last stage's resolution."""
         x = self.norm(self.stages(self.stem(_tokens(x))))
         return x.permute(0, 3, 1, 2)
 

@@ -6,7 +6,14 @@ do that look for one called so, it does nothing.
 
 if __name__ == "zoo.kernels":
     from zoo.kernels.depthwise_conv import depthwise_conv2d
+    from zoo.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
     from zoo.kernels.large_kernel_attention import large_kernel_attention
     from zoo.kernels.linear_attention import linear_attention
 
-    __all__ = ["depthwise_conv2d", "large_kernel_attention", "linear_attention"]
+    __all__ = [
+        "bidirectional_gated_linear_attention",
+        "depthwise_conv2d",
+        "gated_linear_attention",
+        "large_kernel_attention",
+        "linear_attention",
+    ]

@@ -41,6 +41,7 @@ def with_table(text: str) -> str:
 def _row(entry: Entry) -> tuple[str, ...]:
     paper = ARXIV.search(entry.paper)
     family = f"[{entry.family}](https://arxiv.org/abs/{paper[1]})" if paper else entry.family
+    family += " (reconstruction)" if entry.reconstruction else ""
     counts = f"{entry.params / 1e6:.1f} M", f"{entry.macs / 1e9:.2f} G"
     top1 = "" if entry.top1 is None else f"{entry.top1:.1f}"
     weights = entry.weights

@@ -149,15 +149,18 @@ def list_models(
     if as_json:
         _print_json([dataclasses.asdict(entry) for entry in entries])
         return
-    table = Table("Model", "Family", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("Model", "Family"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("Params", "MACs", "Top-1"):
-        table.add_column(heading, justify="right")
-    for heading in ("Licence", "Weights", "Golden"):
-        table.add_column(heading)
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("Licence", "Golden"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("Weights")  # the one that is cut where the table is too wide; `zoo info` has it whole
     for entry in entries:
         top1 = f"{entry.top1:.1f}" if entry.top1 else ""
-        facts = (_short(entry.params), _short(entry.macs), top1, entry.licence, entry.weights)
-        table.add_row(entry.name, entry.family, *facts, "yes" if entry.golden else "no")
+        facts = (_short(entry.params), _short(entry.macs), top1, entry.licence, "yes" if entry.golden else "no")
+        table.add_row(entry.name, entry.family, *facts, Text(entry.weights, no_wrap=True, overflow="ellipsis"))
     output_console().print(table)
 
 

@@ -17,6 +17,7 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: odd.
         dilation: distance between taps.
         residual: add the input to the result.
+        bias: add a learned bias.
     """
 
     def __init__(
@@ -25,13 +26,12 @@ class DepthwiseConv2d(nn.Conv2d):
         kernel_size: int,
         dilation: int = 1,
         residual: bool = False,
+        bias: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         padding = dilation * (kernel_size // 2)
-        super().__init__(
-            dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, device=device, dtype=dtype
-        )
+        super().__init__(dim, dim, kernel_size, 1, padding, dilation, groups=dim, bias=bias, device=device, dtype=dtype)
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:

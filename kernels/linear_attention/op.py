@@ -10,7 +10,7 @@ from torch import Tensor
 from zoo.kernels.dispatch import select_backend, triton_backend
 from zoo.kernels.library import check_float, check_shape, register_op
 from zoo.kernels.linear_attention import torch_backend
-from zoo.kernels.linear_attention.reference import FEATURE_MAPS
+from zoo.kernels.linear_attention.reference import FEATURE_MAPS, NORMALISATIONS
 from zoo.kernels.linear_attention.torch_backend import Settings
 
 NAME = "linear_attention"
@@ -29,6 +29,8 @@ def linear_attention(
     local: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
+    normalisation: str = "division",
+    scale: float = 1.0,
 ) -> Tensor:
     """Normalised, non-causal linear attention over all tokens; the formula is in ``reference.py``.
 
@@ -47,6 +49,9 @@ def linear_attention(
         local: (B, N, H, E), added to the result.
         gate: (B, N, H, E), multiplied with the sum.
         eps: added to the normaliser.
+        normalisation: "division" by the sum of the weights, or "subtraction" of its excess over one (InLine), which
+            takes no grid.
+        scale: multiplies the mapped queries; not 0.
 
     Returns:
         (B, N, H, E), contiguous, in the dtype of q.
@@ -56,7 +61,7 @@ def linear_attention(
     """
     height, width = (0, 0) if grid is None else grid
     return torch.ops.zoo.linear_attention(
-        q, k, v, local, gate, feature_map, token_weights, height, width, rotary_base, eps
+        q, k, v, local, gate, feature_map, token_weights, height, width, rotary_base, eps, normalisation, scale
     )
 
 
@@ -75,7 +80,15 @@ def check(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | 
         )
     if settings.feature_map not in FEATURE_MAPS:
         raise ValueError(f"{NAME}: feature_map is {settings.feature_map!r}, expected one of {', '.join(FEATURE_MAPS)}.")
+    if settings.normalisation not in NORMALISATIONS:
+        raise ValueError(
+            f"{NAME}: normalisation is {settings.normalisation!r}, expected one of {', '.join(NORMALISATIONS)}."
+        )
+    if settings.scale == 0:
+        raise ValueError(f"{NAME}: scale is 0, expected another number.")
     if settings.height or settings.width:
+        if settings.normalisation == "subtraction":
+            raise ValueError(f"{NAME}: normalisation 'subtraction' has no rotated form: leave grid out.")
         if settings.height * settings.width != q.shape[1]:
             raise ValueError(f"{NAME}: grid is {settings.height} x {settings.width}, but q has {q.shape[1]} tokens.")
         if q.shape[-1] % 4:
@@ -88,7 +101,7 @@ def compute(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor 
     check(q, k, v, local, gate, settings)
     if v.numel() == 0:
         return q.new_empty(v.shape)
-    return select_backend(NAME, _backends(q, v, "forward"), q.device)(q, k, v, local, gate, settings)
+    return select_backend(NAME, _backends(q, v, settings, "forward"), q.device)(q, k, v, local, gate, settings)
 
 
 def compute_backward(
@@ -97,13 +110,15 @@ def compute_backward(
     """The backward pass on the backend for the device of q."""
     if v.numel() == 0:
         return tuple(x.zero_() for x in _fake_backward(grad, q, k, v, local, gate))
-    backend = select_backend(NAME, _backends(q, v, "backward"), q.device)
-    return backend(grad, q, k, v, local, gate, Settings(*rest))
+    settings = Settings(*rest)
+    backend = select_backend(NAME, _backends(q, v, settings, "backward"), q.device)
+    return backend(grad, q, k, v, local, gate, settings)
 
 
-def _backends(q: Tensor, v: Tensor, direction: str) -> dict[str, Callable]:
+def _backends(q: Tensor, v: Tensor, settings: Settings, direction: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, direction)}
-    if q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= TRITON_MAX_HEAD_DIM:
+    known = settings.normalisation == "division" and settings.scale == 1  # the other forms have no Triton kernels yet
+    if known and q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= TRITON_MAX_HEAD_DIM:
         backends["triton"] = triton_backend("zoo.kernels.linear_attention.triton", direction, backends["torch"])
     return backends
 
@@ -111,7 +126,7 @@ def _backends(q: Tensor, v: Tensor, direction: str) -> dict[str, Callable]:
 def flops(
     q: Any, k: Any, v: Any, local: Any, gate: Any, feature_map: str, token_weights: bool, *_: Any, **__: Any
 ) -> int:
-    """Two per multiply-accumulate of the state, the read-out, the normaliser and the scores of the token weights."""
+    """Two per multiply-accumulate of the state, the read-out, the normaliser (or correction) and the token weights."""
     tokens, dim, value_dim = math.prod(q[:3]), q[3], v[3]
     return 2 * tokens * (2 * dim * value_dim + (2 if token_weights else 1) * dim)
 
@@ -145,6 +160,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? local, Tensor? gate"
 _SETTINGS = "str feature_map, bool token_weights, SymInt height, SymInt width, float rotary_base, float eps"
+_SETTINGS += ", str normalisation='division', float scale=1.0"
 _name = register_op(f"{NAME}({_TENSORS}, {_SETTINGS}) -> Tensor", compute, _fake, flops)
 register_op(
     f"{NAME}_backward(Tensor grad, {_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -16,6 +16,7 @@ FEATURE_MAPS = {
     "elu+1": lambda x: F.elu(x) + 1,
     "exp": torch.exp,
 }
+NORMALISATIONS = ("division", "subtraction")
 
 
 def linear_attention_reference(
@@ -29,10 +30,12 @@ def linear_attention_reference(
     local: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
+    normalisation: str = "division",
+    scale: float = 1.0,
 ) -> Tensor:
     """Normalised linear attention.
 
-    With the feature map f, the rotation R_n of token n and weights w_n that sum to N::
+    With the feature map f (of queries: times the scale), the rotation R_n of token n and weights w_n that sum to N::
 
         m   = mean_n f(q_n)
         w   = N softmax_n(m . f(k_n) / sqrt(D))                  or 1 without token_weights
@@ -40,7 +43,10 @@ def linear_attention_reference(
         o_n = R_n(f(q_n)) S / (f(q_n) . mean_j(w_j f(k_j)) + eps)
         y_n = (o_n + local_n) * gate_n
 
-    The normaliser uses what is not rotated.
+    The normaliser uses what is not rotated. With "subtraction" instead of "division" the weights of the values sum to
+    one because their mean is corrected, which makes attention injective in the query (InLine, arXiv:2412.06590)::
+
+        o_n = f(q_n) S + (1 - f(q_n) . mean_j(w_j f(k_j))) mean_j(v_j)
 
     Args:
         q: (B, N, H, D).
@@ -53,6 +59,8 @@ def linear_attention_reference(
         local: (B, N, H, E).
         gate: (B, N, H, E).
         eps: added to the normaliser.
+        normalisation: one of ``NORMALISATIONS``.
+        scale: multiplies f(q).
 
     Returns:
         (B, N, H, E) in the dtype of q.
@@ -60,17 +68,21 @@ def linear_attention_reference(
     dtype = accumulation_dtype(q.dtype)
     tokens, dim = q.shape[1], q.shape[-1]
     q_bhnd, k_bhnd, v_bhne = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    q_bhnd, k_bhnd = FEATURE_MAPS[feature_map](q_bhnd), FEATURE_MAPS[feature_map](k_bhnd)
+    q_bhnd, k_bhnd = FEATURE_MAPS[feature_map](q_bhnd) * scale, FEATURE_MAPS[feature_map](k_bhnd)
     if token_weights:
         mean_bh1d = q_bhnd.mean(2, keepdim=True)
         scores_bhn1 = (k_bhnd * mean_bh1d).sum(-1, keepdim=True) * dim**-0.5
         k_bhnd = k_bhnd * (scores_bhn1.softmax(2) * tokens)
-    normaliser_bhn1 = (q_bhnd * k_bhnd.mean(2, keepdim=True)).sum(-1, keepdim=True) + eps
+    sums_bhn1 = (q_bhnd * k_bhnd.mean(2, keepdim=True)).sum(-1, keepdim=True)
     if grid is not None:
         angles_nd = rotary_angles(*grid, dim, rotary_base, q.device, dtype)
         q_bhnd, k_bhnd = (rotate(x, angles_nd.cos(), angles_nd.sin()) for x in (q_bhnd, k_bhnd))
     state_bhde = k_bhnd.transpose(2, 3) @ v_bhne / tokens
-    y = (q_bhnd @ state_bhde / normaliser_bhn1).transpose(1, 2)
+    if normalisation == "division":
+        out_bhne = q_bhnd @ state_bhde / (sums_bhn1 + eps)
+    else:
+        out_bhne = q_bhnd @ state_bhde + (1 - sums_bhn1) * v_bhne.mean(2, keepdim=True)
+    y = out_bhne.transpose(1, 2)
     if local is not None:
         y = y + local.to(dtype)
     if gate is not None:

@@ -23,6 +23,8 @@ class Settings:
     width: int
     rotary_base: float
     eps: float
+    normalisation: str = "division"
+    scale: float = 1.0
 
 
 class _Pass:
@@ -38,6 +40,8 @@ class _Pass:
         )
         feature_map = _exp_or_more if settings.feature_map == "elu+1" else FEATURE_MAPS[settings.feature_map]
         self.q, self.k = feature_map(self.raw_q), feature_map(self.raw_k)
+        if settings.scale != 1:
+            self.q = self.q * settings.scale
         self.weights = self.mean_q = None
         weighted = self.k
         if settings.token_weights:
@@ -48,9 +52,18 @@ class _Pass:
         self.mean_k = weighted.mean(2, keepdim=True)
         self.turns = _turns(settings, self.dim, q.device, dtype) if settings.height else None
         self.turned_q, self.turned_k = self.turn(self.q), self.turn(weighted)
+        self.by_subtraction = settings.normalisation == "subtraction"
+        if self.by_subtraction:
+            # f(q) S - f(q) . mean(k) mean(v) is f(q) times the covariance of k and v: no large terms that cancel.
+            mean_v = self.v.mean(2, keepdim=True)
+            self.turned_k, self.v = weighted - self.mean_k, self.v - mean_v
         self.state = self.turned_k.transpose(2, 3) @ self.v / self.tokens
-        self.normaliser = self.q @ self.mean_k.transpose(2, 3) + settings.eps
-        self.out = self.turned_q @ self.state / self.normaliser
+        self.out = self.turned_q @ self.state
+        if self.by_subtraction:
+            self.out += mean_v
+        else:
+            self.normaliser = self.q @ self.mean_k.transpose(2, 3) + settings.eps
+            self.out /= self.normaliser
 
     def turn(self, x: Tensor, back: bool = False) -> Tensor:
         """The rotation of every token, or its inverse; nothing without rotation."""
@@ -97,19 +110,25 @@ def backward(
         d_local = d_out.to(local.dtype)
     d_out = d_out.transpose(1, 2)
 
-    d_product = d_out / run.normaliser
-    d_normaliser = -(d_product * run.out).sum(-1, keepdim=True)
-    d_q = run.turn((d_product @ run.state.transpose(2, 3)).contiguous(), back=True) + d_normaliser * run.mean_k
+    d_product = d_out if run.by_subtraction else d_out / run.normaliser
+    d_q = run.turn((d_product @ run.state.transpose(2, 3)).contiguous(), back=True)
     d_state = run.turned_q.transpose(2, 3) @ d_product / run.tokens
-    d_mean_k = d_normaliser.transpose(2, 3) @ run.q / run.tokens
     d_v = run.turned_k @ d_state
-    d_k = run.turn((run.v @ d_state.transpose(2, 3)).contiguous(), back=True) + d_mean_k  # of the weighted keys
+    d_k = run.turn((run.v @ d_state.transpose(2, 3)).contiguous(), back=True)  # of the weighted keys
+    if run.by_subtraction:
+        d_v = d_v + d_out.mean(2, keepdim=True)
+    else:
+        d_normaliser = -(d_product * run.out).sum(-1, keepdim=True)
+        d_q = d_q + d_normaliser * run.mean_k
+        d_k = d_k + d_normaliser.transpose(2, 3) @ run.q / run.tokens
     if run.weights is not None:
         d_weights = (d_k * run.k).sum(-1, keepdim=True)
         d_scores = run.weights * (d_weights - (run.weights * d_weights).mean(2, keepdim=True)) * run.dim**-0.5
         d_k = d_k * run.weights + d_scores * run.mean_q
         d_q = d_q + d_scores.transpose(2, 3) @ run.k / run.tokens
-    d_q = d_q * _slope(settings.feature_map, run.raw_q, run.q)
+    if settings.feature_map in ("elu+1", "exp"):
+        run.q = run.q / settings.scale
+    d_q = d_q * settings.scale * _slope(settings.feature_map, run.raw_q, run.q)
     d_k = d_k * _slope(settings.feature_map, run.raw_k, run.k)
     d_q, d_k, d_v = (
         d.transpose(1, 2).to(x.dtype).contiguous() for d, x in zip((d_q, d_k, d_v), (q, k, v), strict=True)

@@ -1,13 +1,15 @@
 """Weights for the golden tests: every tensor is a function of its name in the authors' state dict and its shape."""
 
 import json
+import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 
 NOT_DRAWN = {"num_batches_tracked", "relative_position_index", "attn_mask", "angle"}
-TABLES = {"cls_token", "relative_position_bias_table"}
+TABLES = {"cls_token", "relative_position_bias_table", "positional_encoding"}
+BLOCK_NORM = re.compile(r"(^|\.)(blocks|block[1-4]|stage[1-4])\.\d+\.norm[12]\.")
 
 
 def make_tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -17,7 +19,9 @@ def make_tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if leaf == "running_var":
         return (0.5 + generator.random(shape)).astype(np.float32)
     normal = generator.standard_normal(shape)
-    if leaf in ("running_mean", "bias", "layer_scale_1", "layer_scale_2"):
+    if key.endswith(".bn.weight"):  # RepBN is affine: gains near 1 would let a deep model blow up
+        normal = (0.25 if BLOCK_NORM.search(key) else 1.0) * (1.0 + 0.2 * normal)
+    elif leaf in ("running_mean", "bias", "layer_scale_1", "layer_scale_2", "alpha"):
         normal *= 0.1
     elif leaf in ("gamma_1", "gamma_2"):
         normal = 0.5 * (1.0 + 0.2 * normal)

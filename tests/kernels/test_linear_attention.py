@@ -76,6 +76,56 @@ def test_values_and_gradients(feature_map, token_weights, rotated, close, gradie
         close(grad, exact)
 
 
+def test_subtraction_by_hand():
+    """One head, two tokens: weights that are 1/N plus what is above the mean."""
+    q, k, v = [[0.5, -1.0], [2.0, 0.25]], [[1.0, 0.5], [-0.5, 3.0]], [[1.0, 2.0], [-3.0, 4.0]]
+    expected = []
+    for row in q:
+        scores = [0.3 * sum(row[d] * other[d] for d in range(2)) / 2 for other in k]
+        weights = [score - sum(scores) / 2 + 0.5 for score in scores]
+        expected.append([sum(weights[n] * v[n][e] for n in range(2)) for e in range(2)])
+    tensors = [torch.tensor(x, dtype=torch.float64)[None, :, None] for x in (q, k, v)]
+    options = {"feature_map": "identity", "normalisation": "subtraction", "scale": 0.3}
+    for function in (linear_attention_reference, linear_attention):
+        result = function(*tensors, **options)
+        torch.testing.assert_close(result[0, :, 0], torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("token_weights", [False, True])
+@pytest.mark.parametrize(("normalisation", "grid"), [("subtraction", None), ("division", None), ("division", (3, 5))])
+def test_scaled_forms(feature_map, token_weights, normalisation, grid, close, gradients):
+    options = {"feature_map": feature_map, "token_weights": token_weights, "grid": grid, "scale": 0.6}
+    options |= {"normalisation": normalisation, "eps": 5.0}  # keeps the normaliser away from zero
+
+    def run(function):
+        return lambda q, k, v, local, gate: function(q, k, v, local=local, gate=gate, **options)
+
+    y, grads = gradients(run(linear_attention), *inputs())
+    exact_y, exact_grads = gradients(run(linear_attention_reference), *(x.double() for x in inputs()))
+    close(y, exact_y)
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        close(grad, exact)
+
+
+def test_subtraction_survives_large_means(close):
+    """Queries, keys and values far from zero: large terms cancel in the formula, and must not in what is computed."""
+    q, k, v, *_ = inputs(grid=(16, 16), D=32)
+    options = {"feature_map": "identity", "normalisation": "subtraction", "scale": 32**-0.5}
+    result = linear_attention(q + 30, k + 30, v + 30, **options)
+    exact = linear_attention_reference(*((x + 30).double() for x in (q, k, v)), **options)
+    close(result, exact)
+
+
+def test_triton_declines_the_new_forms(monkeypatch):
+    """It has no kernels for them, and must not compute another form instead."""
+    monkeypatch.setenv("ZOO_KERNELS", "triton")
+    q, k, v, *_ = inputs()
+    for options in ({"normalisation": "subtraction"}, {"scale": 0.5}):
+        with pytest.raises(RuntimeError, match="it has no Triton"):
+            linear_attention(q, k, v, "relu", **options)
+
+
 @pytest.mark.parametrize("feature_map", ["elu+1", "exp"])
 @pytest.mark.parametrize(("local", "gate"), list(itertools.product([False, True], repeat=2)))
 def test_gradcheck(feature_map, local, gate):
@@ -160,6 +210,9 @@ def test_a_picture_does_not_depend_on_others():
         ({"gate": torch.zeros(2, 15, 2, 7)}, r"gate has shape"),
         ({"local": torch.zeros(15, 2, 8)}, r"local has shape"),
         ({"feature_map": "gelu"}, "feature_map is 'gelu', expected one of identity, relu"),
+        ({"normalisation": "softmax"}, "normalisation is 'softmax', expected one of division, subtraction"),
+        ({"normalisation": "subtraction"}, "normalisation 'subtraction' has no rotated form: leave grid out"),
+        ({"scale": 0.0}, "scale is 0, expected another number"),
         ({"grid": (3, 4)}, "grid is 3 x 4, but q has 15 tokens"),
         ({"q": torch.zeros(2, 15, 2, 6), "k": torch.zeros(2, 15, 2, 6)}, "multiple of 4, got 6"),
         ({"q": torch.zeros(1, 15, 1, 260), "k": torch.zeros(1, 15, 1, 260), "v": torch.zeros(1, 15, 1, 4)}, "260"),
@@ -176,6 +229,8 @@ def test_opcheck(with_terms):
     q, k, v, local, gate = (x.detach().clone().requires_grad_() for x in inputs())
     terms = (local, gate) if with_terms else (None, None)
     arguments = (q, k, v, *terms, "elu+1", True, 3, 5, 1e4, 1e-6)
+    torch.library.opcheck(torch.ops.zoo.linear_attention.default, arguments)
+    arguments = (q, k, v, *terms, "identity", False, 0, 0, 1e4, 1e-6, "subtraction", 0.5)
     torch.library.opcheck(torch.ops.zoo.linear_attention.default, arguments)
 
 

@@ -42,8 +42,10 @@ def awaken(model, seed=0):
                 continue
             if key.endswith("running_var"):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-            elif key.endswith(("bias", "running_mean")):
+            elif key.endswith(("bias", "running_mean", "alpha")):
                 normal(tensor, 0.1)
+            elif ".blocks." in key and key.endswith(".bn.weight"):  # RepBN is affine: gains of 1 would blow up
+                normal(tensor, 0.05, mean=0.25)
             elif key.endswith("gamma"):  # layer scale, of both signs: products of branches must not blow up
                 normal(tensor, 0.3)
             elif tensor.ndim == 1:

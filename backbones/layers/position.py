@@ -1,0 +1,41 @@
+"""Learned tables of positions, for maps of any size."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PositionTable(nn.Module):
+    """Adds a learned table, resized to the map: (B, H, W, C) to the same.
+
+    At the table's own size it is added as it is.
+
+    Args:
+        dim: C.
+        grid: rows and columns of the table.
+        mode: "bilinear" or "bicubic", as of ``torch.nn.functional.interpolate``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        mode: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mode = mode
+        self.table = nn.Parameter(torch.empty(1, *grid, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        # float32: half precision has no interpolation on a CPU. No branch for the own size: graphs are for every size.
+        table = self.table.float().permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=(x.shape[1], x.shape[2]), mode=self.mode, align_corners=False)
+        return x + table.permute(0, 2, 3, 1).to(x.dtype)

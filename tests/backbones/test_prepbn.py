@@ -1,0 +1,86 @@
+"""RepBN and PRepBN: training, progress, merging, and use in other models."""
+
+import pytest
+import timm
+import torch
+from timm.models import reparameterize_model
+from torch import nn
+from torch.testing import assert_close
+
+from zoo.backbones.layers.prepbn import PRepBN, RepBN, replace_layer_norms, set_prep_progress
+
+
+def awaken(model):
+    """Weights and statistics under which no part of a norm is neutral."""
+    generator = torch.Generator().manual_seed(0)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if key.endswith("running_var"):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif key.endswith(".bn.weight"):
+                tensor.copy_(0.3 + 0.1 * noise)
+            elif key.endswith(("alpha", "bias", "running_mean", "table")) or "embed" in key:
+                tensor.copy_(0.3 * noise)
+    return model
+
+
+def test_training_is_the_formula():
+    x = 3 * torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)) + 1
+    norm = PRepBN(6).train()
+    torch.nn.init.constant_(norm.rep_bn.alpha, 0.7)
+    rep = (x - x.mean((0, 1))) / (x.var((0, 1), unbiased=False) + 1e-5).sqrt() + 0.7 * x
+    layer = nn.functional.layer_norm(x, (6,))
+    for step, share in [(0, 0.0), (25, 0.25), (100, 1.0), (400, 1.0)]:
+        set_prep_progress(norm, step, 100)
+        assert_close(norm(x), (1 - share) * layer + share * rep)
+    norm.eval()
+    assert_close(norm(x), norm.rep_bn.bn(x.reshape(-1, 6)).view(x.shape) + 0.7 * x)
+
+
+def test_progress_is_checked():
+    with pytest.raises(ValueError, match="has no PRepBN"):
+        set_prep_progress(nn.Linear(2, 2), 0, 10)
+    with pytest.raises(ValueError, match="step is -1 of 10"):
+        set_prep_progress(PRepBN(4), -1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_slab", {"norm": "prepbn"}),
+        ("test_slab", {"norm": "repbn"}),
+        ("test_slab_pvt", {"norm": "prepbn"}),
+        ("test_slab_cswin", {"norm": "prepbn"}),
+        ("slab_deit_tiny", {"embed_dim": 24, "depth": 2}),
+        ("prepbn_deit_tiny", {"embed_dim": 24, "depth": 2}),
+    ],
+)
+@torch.no_grad()
+def test_merged_equals_unmerged(name, kwargs):
+    """At sizes with and without padding, and also the features; no RepBN and no statistics are left."""
+    model = awaken(timm.create_model(name, **kwargs)).eval()
+    merged = reparameterize_model(model)
+    assert any(isinstance(module, RepBN) for module in model.modules())
+    assert not any(isinstance(module, RepBN | PRepBN | nn.BatchNorm1d) for module in merged.modules())
+    for size in ((64, 96), (97, 131)):
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+        assert model(x).std() > 1e-3
+        assert_close(merged(x), model(x), rtol=1e-4, atol=1e-4)
+        assert_close(merged.forward_features(x), model.forward_features(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_replace_layer_norms_of_a_timm_model():
+    model = timm.create_model("test_vit").train()
+    x = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    assert replace_layer_norms(model) is model
+    set_prep_progress(model, 0, 10)
+    assert_close(model(x), expected)
+    set_prep_progress(model, 10, 10)
+    assert (model(x) - expected).abs().max() > 1e-3
+    model.eval()
+    assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="has no layer norm"):
+        replace_layer_norms(nn.Linear(2, 2))
