@@ -198,7 +198,7 @@ def _cfg(size: int = 224, first_conv: str = "stem.conv", classifier: str = "head
 
 
 def _deit_cfg(size: int) -> dict[str, Any]:
-    return _cfg(size, "patch_embed.proj", "head", pool_size=None)
+    return _cfg(size, "patch_embed.proj", "head")
 
 
 default_cfgs = generate_default_cfgs(

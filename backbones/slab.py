@@ -167,7 +167,7 @@ def _cfg(file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
 
 
 def _deit_cfg(file: str) -> dict[str, Any]:
-    return _cfg(file, first_conv="patch_embed.proj", classifier="head", pool_size=None)
+    return _cfg(file, first_conv="patch_embed.proj", classifier="head")
 
 
 default_cfgs = generate_default_cfgs(

@@ -74,7 +74,8 @@ class StripeAttention(nn.Module):
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(lepe.shape) + lepe
         out = out.view(B, count, H, self.stripe, C).transpose(1, 2).reshape(B, H, count * self.stripe, C)
-        return out[:, :, :W]
+        # A copy, not a slice: a dynamic graph would ask whether a slice is all of the map.
+        return out.index_select(2, torch.arange(W, device=out.device))
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, heads, N, head_dim)."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -157,11 +157,22 @@ class DeiT(VisionTransformer):
         mixers = [self.mixers[attention](embed_dim, num_heads, grid, prefix, **dd) for _ in range(depth)]
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = zip(mixers, rates, strict=True)
-        self.blocks = nn.Sequential(*(TokenBlock(embed_dim, m, norms, mlp_ratio, rate, **dd) for m, rate in blocks))
+        self.blocks = nn.ModuleList(TokenBlock(embed_dim, m, norms, mlp_ratio, rate, **dd) for m, rate in blocks)
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)
         ]
         self.init_weights(needs_reset=False)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to tokens with positions; timm's own, in a file where its tracer finds the function."""
+        height, width = x.shape[1], x.shape[2]
+        positions = resample_abs_pos_embed(
+            self.pos_embed, [height, width], self.patch_embed.grid_size, num_prefix_tokens=self.num_prefix_tokens
+        )
+        x = x.flatten(1, 2)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        return x + positions
 
     def _run_blocks(self, x: Tensor, height: int, width: int) -> Tensor:
         for block in self.blocks:

@@ -80,9 +80,9 @@ class WindowAttention(nn.Module):
         out = out.reshape(B, rows * side, columns * side, C)
         if self.shift:
             out = out.roll((down, right), (1, 2))
-        return self.proj(out)[
-            :, :H, :W
-        ]  # cut last: a product of what is cut asks a dynamic graph whether there is padding
+        # Copies, not slices: a dynamic graph would ask whether a slice is all of the map.
+        out = out.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
+        return self.proj(out)
 
     def bias(self) -> Tensor:
         """(heads, L, L): what is added to the scores, by the distance of query and key."""
