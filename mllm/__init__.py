@@ -1,0 +1,22 @@
+"""Multimodal language models with fewer visual tokens and other masks."""
+
+from zoo.mllm.accelerate import Acceleration, accelerate
+from zoo.mllm.families import register_family
+from zoo.mllm.flops import DecoderShape, kv_bytes, prefill_flops
+from zoo.mllm.layout import TokenLayout
+from zoo.mllm.reduce import DivPrune, FastV, Random, Reduction, Uniform
+
+__all__ = [
+    "Acceleration",
+    "DecoderShape",
+    "DivPrune",
+    "FastV",
+    "Random",
+    "Reduction",
+    "TokenLayout",
+    "Uniform",
+    "accelerate",
+    "kv_bytes",
+    "prefill_flops",
+    "register_family",
+]

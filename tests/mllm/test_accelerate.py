@@ -1,0 +1,186 @@
+"""Accelerated models of the seven families against the plain ones."""
+
+import copy
+
+import pytest
+import torch
+
+from zoo.mllm import accelerate, masks
+from zoo.mllm.layout import TokenLayout
+
+MARKER, IMAGE = 94, 90
+REDUCTIONS = [
+    "fastv:layer=2,keep=0.5",
+    "uniform:keep=0.5",
+    "random:layer=3,keep=0.5",
+    "divprune:keep=0.3",
+    ["uniform:keep=0.75", "fastv:layer=2,keep=0.5", "random:layer=4,keep=0.4"],
+]
+GREEDY = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def continued(inputs, sequences):
+    """The inputs with the generated tokens behind the prompt."""
+    new = sequences.shape[1] - inputs["input_ids"].shape[1]
+    longer = dict(inputs, input_ids=sequences)
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            more = torch.full((len(sequences), new), fill)
+            longer[name] = torch.cat([inputs[name], more], 1)
+    return longer
+
+
+def seen_by_layers(handle):
+    """(layers, B, L) bool: which tokens of the prompt each layer sees."""
+    prefill = handle.last
+    seen = []
+    for layer in range(len(handle._decoder.layers)):
+        mask = torch.zeros_like(prefill.layout.valid)
+        kept = prefill.kept.get(layer)
+        for row in range(len(mask)):
+            places = torch.arange(mask.shape[1])
+            if prefill.before is not None:
+                places = prefill.before.index[row]
+            chosen = torch.ones_like(places, dtype=torch.bool)
+            if prefill.before is not None:
+                chosen = prefill.before.valid[row]
+            if kept is not None:
+                places, chosen = places[kept.index[row]], kept.valid[row]
+            mask[row, places[chosen]] = True
+        seen.append(mask)
+    return torch.stack(seen)
+
+
+def masked(model, inputs, seen, rule="causal"):
+    """Logits of the plain model in whose layers dropped tokens are masked instead: slower, and obviously right."""
+    layout = TokenLayout.from_ids(inputs["input_ids"], [IMAGE], inputs["attention_mask"], [MARKER])
+    allowed = masks.RULES[rule](layout)
+    length = allowed.shape[1]
+    itself = torch.eye(length, dtype=torch.bool)
+
+    def hook(number):
+        keys = torch.cat([seen[number], seen.new_ones(len(layout.valid), length - seen.shape[2])], 1)
+
+        def before(module, args, kwargs):
+            return args, {**kwargs, "attention_mask": ((allowed & keys[:, None]) | itself)[:, None]}
+
+        return before
+
+    layers = model.get_decoder().layers
+    handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        return logits(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_everything_kept_is_the_plain_model(model, batch, rows):
+    inputs = batch(rows)
+    plain, names = logits(model, inputs), list(model.state_dict())
+    answer = model.generate(**inputs, max_new_tokens=3, **GREEDY)
+    with accelerate(model, ["fastv:keep=1", "uniform:keep=1"]) as handle:
+        assert torch.equal(logits(model, inputs), plain)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, **GREEDY), answer)
+        assert list(model.state_dict()) == names
+        report = handle.report()
+        assert report["visual_tokens_per_layer"] == [int((inputs["input_ids"] == IMAGE).sum())] * 5
+    assert torch.equal(logits(model, inputs), plain)
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_dropping_is_masking(model, batch, rows, reduce):
+    """Prefill and cached decoding give the logits of one pass over all tokens with the dropped ones masked."""
+    inputs = batch(rows)
+    plain = logits(model, inputs)
+    with accelerate(model, reduce) as handle:
+        prefill = logits(model, inputs)
+        out = model.generate(**inputs, max_new_tokens=3, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        seen, report = seen_by_layers(handle), handle.report()
+    last = len(plain[0]) - 1
+    want = masked(model, continued(inputs, out.sequences), seen)
+    torch.testing.assert_close(torch.stack(out.logits, 1), want[:, last:-1], atol=1e-5, rtol=1e-5)
+    alive = seen[-1] & inputs["attention_mask"].bool()
+    torch.testing.assert_close(prefill[alive], want[:, : last + 1][alive], atol=1e-5, rtol=1e-5)
+    is_image = inputs["input_ids"] == IMAGE
+    assert report["visual_tokens_per_layer"] == [int((layer & is_image).sum()) for layer in seen]
+    assert report["visual_tokens_per_layer"][-1] < report["visual_tokens"] == int(is_image.sum())
+    assert (prefill[:2, last] - plain[:2, last]).abs().max() > 1e-4  # what was dropped did matter
+    if rows == 3:  # a row of text alone loses nothing
+        torch.testing.assert_close(prefill[2, last], plain[2, last], atol=1e-5, rtol=1e-5)
+    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    assert lengths == [int(layer.sum(1).max()) + 2 if not layer.all() else last + 3 for layer in seen]
+
+
+@pytest.mark.parametrize("rule", ["mma", "mma_mutual", "framewise", "composite"])
+@pytest.mark.parametrize("reduce", [[], REDUCTIONS[-1]], ids=["whole", "reduced"])
+def test_masks_also_of_what_is_kept(model, batch, rule, reduce):
+    inputs = batch(3)
+    with accelerate(model, reduce, mask=rule, prompt_end=[MARKER]) as handle:
+        out = model.generate(**inputs, max_new_tokens=3, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        seen = seen_by_layers(handle)
+    last = inputs["input_ids"].shape[1] - 1
+    longer = continued(inputs, out.sequences)
+    want = masked(model, longer, seen, rule)[:, last:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), want, atol=1e-5, rtol=1e-5)
+    assert (masked(model, longer, seen)[:2, last:-1] - want[:2]).abs().max() > 1e-4
+
+
+def test_eager_attention_gives_the_same(family, build, batch, model):
+    eager, inputs = build(family, "eager"), batch(3)
+    for mask, reduce in (("causal", REDUCTIONS[-1]), ("mma", REDUCTIONS[0])):
+        with accelerate(model, reduce, mask, [MARKER]), accelerate(eager, reduce, mask, [MARKER]):
+            a = model.generate(**inputs, max_new_tokens=2, **GREEDY, return_dict_in_generate=True, output_logits=True)
+            b = eager.generate(**inputs, max_new_tokens=2, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), atol=1e-5, rtol=1e-5)
+
+
+def test_answers_do_not_reach_the_prompt(model, batch):
+    """Modality-mutual attention unlocks the question for the image, but no gradient comes from the answer."""
+    inputs = batch(1)
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[30, 31]])], 1)
+    inputs = continued(inputs, ids)
+    prompt, image = ids.shape[1] - 2, (ids[0] == IMAGE).nonzero()[0, 0]
+    embedded = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda m, a, k: embedded.append(k["inputs_embeds"]),
+        with_kwargs=True,
+    )
+    with accelerate(model, mask="mma", prompt_end=[MARKER]):
+        out = model(**inputs).logits
+    handle.remove()
+    leak, seen = (
+        torch.autograd.grad(rows.square().sum(), embedded[0], retain_graph=True)[0][0]
+        for rows in (out[0, :prompt], out[0, image])
+    )
+    assert leak[prompt:].abs().max() == 0
+    assert seen[prompt - 3 : prompt].abs().max() > 0  # the question, behind the image
+
+
+def test_training_with_labels(model, batch):
+    """With tokens dropped, logits and labels stay aligned, and gradients flow."""
+    inputs = batch(1)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    trained = copy.deepcopy(model).train()
+    with accelerate(trained, "fastv:layer=2,keep=0.5") as handle:
+        loss = trained(**inputs, labels=labels).loss
+        loss.backward()
+        seen = seen_by_layers(handle)
+    want = masked(model, inputs, seen)[0, -4:-1]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(want, labels[0, -3:]), atol=1e-5, rtol=1e-5)
+    assert trained.get_decoder().layers[-1].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_text_alone_is_the_plain_model(model):
+    inputs = {"input_ids": torch.tensor([[1, 5, 6, MARKER]]), "attention_mask": torch.ones(1, 4).long()}
+    plain = logits(model, inputs)
+    with accelerate(model, REDUCTIONS[-1]):
+        assert torch.equal(logits(model, inputs), plain)
