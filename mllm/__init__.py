@@ -4,6 +4,7 @@ from zoo.mllm.accelerate import Acceleration, accelerate
 from zoo.mllm.families import register_family
 from zoo.mllm.flops import DecoderShape, kv_bytes, prefill_flops
 from zoo.mllm.layout import TokenLayout
+from zoo.mllm.mod import MoD, arank
 from zoo.mllm.reduce import DivPrune, FastV, Random, Reduction, Uniform
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "DecoderShape",
     "DivPrune",
     "FastV",
+    "MoD",
     "Random",
     "Reduction",
     "TokenLayout",
     "Uniform",
     "accelerate",
+    "arank",
     "kv_bytes",
     "prefill_flops",
     "register_family",

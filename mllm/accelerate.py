@@ -12,48 +12,12 @@ from torch import Tensor, nn
 from zoo.mllm import masks
 from zoo.mllm.attention import PROBES, Probe, register
 from zoo.mllm.families import check_family, image_tokens
+from zoo.mllm.kept import Kept, hide, layout_of, take_mask
 from zoo.mllm.layout import TokenLayout
+from zoo.mllm.mod import MoD
 from zoo.mllm.reduce import Reduction, parse_reduction
 
 CACHES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The tokens that a layer sees.
-
-    Attributes:
-        index: (B, M) int64, their positions in the sequence before; rows with fewer are filled up on the left.
-        valid: (B, M) bool, False where filled up.
-    """
-
-    index: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor) -> "Kept":
-        """From (B, L) bool."""
-        size = int(mask.sum(1).max())
-        order = mask.int().argsort(dim=1, stable=True)[:, -size:]  # the kept ones come last, in their order
-        return cls(order, mask.gather(1, order))
-
-    @property
-    def all_valid(self) -> bool:
-        """Whether every row keeps the same number."""
-        return bool(self.valid.all())
-
-    def take(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The kept tokens of x, whose batch is dimension 0 (or 1, for positions of several axes) of any size."""
-        batch_dim = dim - 1
-        shape = list(x.shape)
-        shape[batch_dim] = len(self.index)
-        index = self.index.view(*(1,) * batch_dim, *self.index.shape, *(1,) * (x.ndim - dim - 1))
-        shape[dim] = self.index.shape[1]
-        return x.expand(*shape[:dim], x.shape[dim], *shape[dim + 1 :]).gather(dim, index.expand(shape))
-
-    def then(self, inner: "Kept") -> "Kept":
-        """What is kept of what is kept."""
-        return Kept(self.index.gather(1, inner.index), self.valid.gather(1, inner.index) & inner.valid)
 
 
 @dataclass
@@ -63,14 +27,19 @@ class Prefill:
     Attributes:
         layout: of the prompt.
         before: what is kept before the decoder; None for all.
-        kept: of what is before the decoder, what each layer sees; missing for all.
+        kept: of what is before the decoder, what each layer is given; missing for all.
         length: tokens before the decoder.
+        routed: for each layer that routes, the router's logits (B, M, 2) and what it processes of what it is given,
+            (B, M) bool.
+        cached: of what is before the decoder, what each layer has put into its cache; missing for all.
     """
 
     layout: TokenLayout
     before: Kept | None = None
     kept: dict[int, Kept] = field(default_factory=dict)
     length: int = 0
+    routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cached: dict[int, Kept] = field(default_factory=dict)
 
 
 class Acceleration:
@@ -80,8 +49,10 @@ class Acceleration:
         last: the decisions of the last prefill.
     """
 
-    def __init__(self, model: nn.Module, reductions: Sequence[Reduction], mask: str, prompt_end: Sequence[int]) -> None:
-        self.model, self.mask, self.prompt_end = model, mask, prompt_end
+    def __init__(
+        self, model: nn.Module, reductions: Sequence[Reduction], depth: MoD | None, mask: str, prompt_end: Sequence[int]
+    ) -> None:
+        self.model, self.depth, self.mask, self.prompt_end = model, depth, mask, prompt_end
         self.reductions = [reduction for reduction in reductions if reduction.keep < 1]
         self.last: Prefill | None = None
         self._decoder = model.get_decoder()
@@ -91,7 +62,17 @@ class Acceleration:
         self._current: Prefill | None = None
         self._decoding: Prefill | None = None
         self._attention = self._decoder.config._attn_implementation
+        self._gates: dict[int, Tensor] = {}
+        self._whole: dict[int, Tensor] = {}  # hidden states of layers that skip tokens, while they run
+        self._inner: dict[int, Kept] = {}
         self._check()
+        routing = depth.attach(self._decoder) if depth else set()
+        for reduction in self.reductions:
+            if reduction.needs_attention and reduction.layer - 1 in routing:
+                raise ValueError(
+                    f"{type(reduction).__name__} at layer {reduction.layer} needs the attention of layer "
+                    f"{reduction.layer - 1}, in which MoD skips tokens: take another layer."
+                )
         register()
         self._decoder.set_attn_implementation(f"zoo_{self._attention}")
         self._handles = [
@@ -103,6 +84,13 @@ class Acceleration:
                 for number, layer in enumerate(self._decoder.layers)
             ),
         ]
+        for number in sorted(routing):
+            layer = self._decoder.layers[number]
+            self._handles += [
+                layer.register_forward_pre_hook(self._route(number), with_kwargs=True),  # after what drops tokens
+                layer.mlp.register_forward_hook(self._gate(number)),
+                layer.register_forward_hook(self._merge(number)),
+            ]
 
     def remove(self) -> None:
         """Take everything off: the outputs are those of the plain model again, bit by bit. May be called twice."""
@@ -128,6 +116,12 @@ class Acceleration:
             kept = self.last.kept.get(layer)
             seen.append(int((entering if kept is None else kept.take(entering) & kept.valid).sum()))
         return {"visual_tokens": int(is_image.sum()), "visual_tokens_per_layer": seen}
+
+    def loss(self) -> Tensor:
+        """MoD's auxiliary loss of the last prefill, to be added to the model's."""
+        if self.depth is None or self.last is None:
+            raise RuntimeError("There is no loss: accelerate with depth=MoD(...) and run the model first.")
+        return self.depth.loss(self.last.routed)
 
     def __enter__(self) -> "Acceleration":
         return self
@@ -189,7 +183,7 @@ class Acceleration:
             kwargs["position_ids"] = kept.take(positions, dim=positions.ndim - 1)
             kwargs["inputs_embeds"] = hidden
             kwargs["attention_mask"] = kept.valid.long()
-            mask = None if mask is None else _take_mask(mask, kept)
+            mask = None if mask is None else take_mask(mask, kept)
         if mask is not None:
             kwargs["attention_mask"] = self._as_decoder_takes(mask, embeds.dtype)
 
@@ -197,11 +191,11 @@ class Acceleration:
         """What is kept at a layer of what is before the decoder (at layer 0: of all), and the hidden states of it."""
         prefill = self._current
         kept = prefill.kept.get(number - 1) if number else None
-        base = prefill.layout if prefill.before is None else _layout_of(prefill.layout, prefill.before)
+        base = prefill.layout if prefill.before is None else layout_of(prefill.layout, prefill.before)
         for reduction in self.reductions:
             if reduction.layer != number or not base.is_image.any():
                 continue
-            entering = base if kept is None else _layout_of(base, kept)
+            entering = base if kept is None else layout_of(base, kept)
             probe = PROBES.get(self._decoder.layers[number - 1].self_attn) if reduction.needs_attention else None
             inner = Kept.of(reduction.select(entering, hidden, probe and probe.seen) & entering.valid)
             hidden = inner.take(hidden)
@@ -226,8 +220,8 @@ class Acceleration:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
             if self._current:
                 return self._prefill_layer(number, args, kwargs)
-            if self._decoding and number in self._decoding.kept:
-                return args, self._decode_layer(self._decoding.kept[number], args[0], kwargs)
+            if self._decoding and number in self._decoding.cached:
+                return args, self._decode_layer(self._decoding.cached[number], args[0], kwargs)
             return None
 
         return hook
@@ -237,21 +231,54 @@ class Acceleration:
         kept, hidden = self._reduce(number, args[0]) if number else (None, args[0])
         if any(reduction.needs_attention and reduction.layer == number + 1 for reduction in self.reductions):
             # What is kept ends with each row's last token; before anything is dropped padding may follow it.
-            base = prefill.layout if prefill.before is None else _layout_of(prefill.layout, prefill.before)
+            base = prefill.layout if prefill.before is None else layout_of(prefill.layout, prefill.before)
             last = base.last if kept is None else torch.full_like(base.last, hidden.shape[1] - 1)
             PROBES[self._decoder.layers[number].self_attn] = Probe(last)
         if kept is None:
             return None
-        prefill.kept[number] = kept
-        kwargs = dict(kwargs)
-        kwargs["position_embeddings"] = tuple(kept.take(x) for x in kwargs["position_embeddings"])
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kept.take(kwargs["position_ids"])
-        mask = kwargs.get("attention_mask")
-        if mask is None and not kept.all_valid:
-            mask = torch.ones(prefill.length, prefill.length, dtype=torch.bool, device=hidden.device).tril()[None, None]
-        kwargs["attention_mask"] = None if mask is None else _take_mask(mask, kept)
-        return (hidden, *args[1:]), kwargs
+        prefill.kept[number] = prefill.cached[number] = kept
+        return (hidden, *args[1:]), _cut(kwargs, kept, prefill.length)
+
+    def _route(self, number: int) -> Callable:
+        """Leave the tokens that are not selected out of a layer."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+            hidden = args[0]
+            logits = self.depth.router(module.input_layernorm(hidden))
+            self._gates[number] = logits.softmax(-1)[..., 1:].to(hidden.dtype)
+            self._whole.pop(number, None)
+            if not self._current:
+                return None
+            prefill, given = self._current, self._current.kept.get(number)
+            base = prefill.layout if prefill.before is None else layout_of(prefill.layout, prefill.before)
+            layout = base if given is None else layout_of(base, given)
+            keep = self.depth.route(logits, layout)
+            prefill.routed[number] = (logits, keep)
+            if not (layout.is_image & ~keep).any():
+                return None
+            inner = Kept.of(keep & layout.valid)
+            self._whole[number] = hidden
+            self._gates[number] = inner.take(self._gates[number])
+            prefill.cached[number] = inner if given is None else given.then(inner)
+            self._inner[number] = inner
+            return (inner.take(hidden), *args[1:]), _cut(kwargs, inner, hidden.shape[1])
+
+        return hook
+
+    def _gate(self, number: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            return output * self._gates[number] if self.depth.gate else None
+
+        return hook
+
+    def _merge(self, number: int) -> Callable:
+        """Put what a layer made of the selected tokens back among the others."""
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            whole = self._whole.pop(number, None)
+            return None if whole is None else self._inner.pop(number).put(output, whole)
+
+        return hook
 
     def _decode_layer(self, kept: Kept, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         if hidden.shape[1] != 1:
@@ -268,7 +295,7 @@ class Acceleration:
             mask = torch.ones(batch, 1, 1, cache.get_seq_length() + 1, dtype=torch.bool, device=hidden.device)
         mask = mask.expand(batch, -1, -1, -1)
         prompt = kept.take(mask[..., :past].flatten(1)).view(batch, 1, 1, -1)
-        return {**kwargs, "attention_mask": torch.cat([_hide(prompt, kept.valid[:, None, None]), mask[..., past:]], -1)}
+        return {**kwargs, "attention_mask": torch.cat([hide(prompt, kept.valid[:, None, None]), mask[..., past:]], -1)}
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         prefill, self._current, self._decoding = self._current, None, None
@@ -283,9 +310,8 @@ class Acceleration:
         kept = prefill.before if inner is None else inner if prefill.before is None else prefill.before.then(inner)
         if kept is not None:  # zeros where tokens were dropped, so that logits and labels stay aligned
             hidden = output["last_hidden_state"]
-            full = hidden.new_zeros(len(hidden), prefill.layout.valid.shape[1], hidden.shape[-1])
-            source = torch.where(kept.valid[..., None], hidden, 0)
-            output["last_hidden_state"] = full.scatter_add(1, kept.index[..., None].expand_as(source), source)
+            zeros = hidden.new_zeros(*prefill.layout.valid.shape, hidden.shape[-1])
+            output["last_hidden_state"] = kept.put(hidden, zeros)
         return output
 
     def _as_decoder_takes(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -295,35 +321,22 @@ class Acceleration:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _hide(mask: Tensor, valid: Tensor) -> Tensor:
-    return mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, torch.finfo(mask.dtype).min)
-
-
-def _layout_of(layout: TokenLayout, kept: Kept) -> TokenLayout:
-    """The layout of what is kept. The prompt's end is not carried over: only masks need it, which are made before."""
-    valid = kept.take(layout.valid) & kept.valid
-    return TokenLayout(valid, torch.where(valid, kept.take(layout.image), -1), torch.full_like(layout.prompt_end, -1))
-
-
-def _take_positions(kept: Kept, positions: Tensor | None, layout: TokenLayout) -> Tensor:
-    if positions is None:
-        positions = torch.arange(layout.valid.shape[1], device=layout.valid.device)[None]
-    return kept.take(positions, dim=positions.ndim - 1)
-
-
-def _take_mask(mask: Tensor, kept: Kept) -> Tensor:
-    """Rows and columns (dimensions 2 and 3) of the kept tokens; what only fills up is seen by nothing but itself."""
-    mask = mask.expand(len(kept.index), -1, -1, -1)
-    index = kept.index[:, None]
-    size = index.shape[-1]
-    rows = mask.gather(2, index[..., None].expand(-1, mask.shape[1], size, mask.shape[3]))
-    both = rows.gather(3, index[:, :, None].expand(-1, mask.shape[1], size, size))
-    return _hide(both, kept.valid[:, None, None])
+def _cut(kwargs: dict[str, Any], kept: Kept, length: int) -> dict[str, Any]:
+    """The arguments of a layer for a part of its `length` tokens."""
+    kwargs = {**kwargs, "position_embeddings": tuple(kept.take(x) for x in kwargs["position_embeddings"])}
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kept.take(kwargs["position_ids"])
+    mask = kwargs.get("attention_mask")
+    if mask is None and not kept.all_valid:
+        mask = torch.ones(length, length, dtype=torch.bool, device=kept.index.device).tril()[None, None]
+    kwargs["attention_mask"] = None if mask is None else take_mask(mask, kept)
+    return kwargs
 
 
 def accelerate(
     model: nn.Module,
     reduce: str | Reduction | Sequence[str | Reduction] = (),
+    depth: MoD | None = None,
     mask: str = "causal",
     prompt_end: Sequence[int] = (),
 ) -> Acceleration:
@@ -336,6 +349,7 @@ def accelerate(
         model: LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, InternVL, SmolVLM or Idefics3 of transformers, with SDPA or
             eager attention.
         reduce: a method or several, as an object or as text: ``"fastv:layer=2,keep=0.5"``; see ``zoo.mllm.reduce``.
+        depth: layers that process part of the visual tokens only; its router is trained with the model.
         mask: "causal", "mma", "mma_mutual", "framewise" or "composite"; see ``zoo.mllm.masks``.
         prompt_end: ids of the assistant marker, which the masks "mma" and "mma_mutual" need.
 
@@ -348,4 +362,4 @@ def accelerate(
     check_family(model)
     several = [reduce] if isinstance(reduce, str | Reduction) else reduce
     reductions = [parse_reduction(one) if isinstance(one, str) else one for one in several]
-    return Acceleration(model, sorted(reductions, key=lambda one: one.layer), mask, list(prompt_end))
+    return Acceleration(model, sorted(reductions, key=lambda one: one.layer), depth, mask, list(prompt_end))

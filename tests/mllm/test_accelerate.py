@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from zoo.mllm import accelerate, masks
+from zoo.mllm import MoD, accelerate, masks
 from zoo.mllm.layout import TokenLayout
 
 MARKER, IMAGE = 94, 90
@@ -41,7 +41,7 @@ def seen_by_layers(handle):
     seen = []
     for layer in range(len(handle._decoder.layers)):
         mask = torch.zeros_like(prefill.layout.valid)
-        kept = prefill.kept.get(layer)
+        kept = prefill.cached.get(layer)
         for row in range(len(mask)):
             places = torch.arange(mask.shape[1])
             if prefill.before is not None:
@@ -56,8 +56,11 @@ def seen_by_layers(handle):
     return torch.stack(seen)
 
 
-def masked(model, inputs, seen, rule="causal"):
-    """Logits of the plain model in whose layers dropped tokens are masked instead: slower, and obviously right."""
+def masked(model, inputs, seen, rule="causal", routing=None):
+    """Logits of the plain model in whose layers dropped tokens are masked instead: slower, and obviously right.
+
+    Routing is a MoD and the layers that route: there, tokens that are not seen stay as they are.
+    """
     layout = TokenLayout.from_ids(inputs["input_ids"], [IMAGE], inputs["attention_mask"], [MARKER])
     allowed = masks.RULES[rule](layout)
     length = allowed.shape[1]
@@ -73,11 +76,31 @@ def masked(model, inputs, seen, rule="causal"):
 
     layers = model.get_decoder().layers
     handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    for i in routing[1] if routing else ():
+        handles += routed_layer(layers[i], routing[0], seen[i])
     try:
         return logits(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def routed_layer(layer, depth, seen):
+    gate = []
+
+    def enter(module, args, kwargs):
+        gate[:] = [depth.router(module.input_layernorm(args[0])).softmax(-1)[..., 1:]]
+
+    def leave(module, args, output):
+        answer = args[0].shape[1] - seen.shape[1]
+        processed = torch.cat([seen, seen.new_ones(len(seen), answer)], 1)
+        return torch.where(processed[..., None], output, args[0])
+
+    return [
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.mlp.register_forward_hook(lambda module, args, output: output * gate[0] if depth.gate else None),
+        layer.register_forward_hook(leave),
+    ]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -136,7 +159,10 @@ def test_masks_also_of_what_is_kept(model, batch, rule, reduce):
 def test_eager_attention_gives_the_same(family, build, batch, model):
     eager, inputs = build(family, "eager"), batch(3)
     for mask, reduce in (("causal", REDUCTIONS[-1]), ("mma", REDUCTIONS[0])):
-        with accelerate(model, reduce, mask, [MARKER]), accelerate(eager, reduce, mask, [MARKER]):
+        with (
+            accelerate(model, reduce, mask=mask, prompt_end=[MARKER]),
+            accelerate(eager, reduce, mask=mask, prompt_end=[MARKER]),
+        ):
             a = model.generate(**inputs, max_new_tokens=2, **GREEDY, return_dict_in_generate=True, output_logits=True)
             b = eager.generate(**inputs, max_new_tokens=2, **GREEDY, return_dict_in_generate=True, output_logits=True)
         torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), atol=1e-5, rtol=1e-5)
@@ -184,3 +210,68 @@ def test_text_alone_is_the_plain_model(model):
     plain = logits(model, inputs)
     with accelerate(model, REDUCTIONS[-1]):
         assert torch.equal(logits(model, inputs), plain)
+
+
+ROUTED = (2, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_mod_that_skips_nothing_is_the_plain_model(model, batch, rows):
+    inputs = batch(rows)
+    plain, answer = logits(model, inputs), model.generate(**inputs, max_new_tokens=3, **GREEDY)
+    with accelerate(model, depth=MoD(0, ROUTED, gate=False)):
+        assert torch.equal(logits(model, inputs), plain)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, **GREEDY), answer)
+    assert torch.equal(logits(model, inputs), plain)
+
+
+@pytest.mark.parametrize("rule", ["causal", "mma"])
+@pytest.mark.parametrize("reduce", [[], ["uniform:keep=0.75", "fastv:layer=2,keep=0.7"]], ids=["whole", "reduced"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_mod_is_skipping(model, batch, rows, reduce, rule):
+    """Also with fewer tokens and another mask: prefill and decoding are the plain model with tokens held back."""
+    inputs = batch(rows)
+    torch.manual_seed(0)
+    depth = MoD(0.5, ROUTED)
+    with accelerate(model, reduce, depth, rule, [MARKER]) as handle:
+        prefill = logits(model, inputs)
+        out = model.generate(**inputs, max_new_tokens=3, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        seen, routed = seen_by_layers(handle), handle.last.routed
+    last = inputs["input_ids"].shape[1] - 1
+    want = masked(model, continued(inputs, out.sequences), seen, rule, (depth, ROUTED))
+    torch.testing.assert_close(torch.stack(out.logits, 1), want[:, last:-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prefill[:, last], want[:, last], atol=1e-5, rtol=1e-5)
+    is_image = inputs["input_ids"] == IMAGE
+    for layer, before in ((2, seen[3] if reduce else None), (4, seen[3])):
+        if before is not None:
+            visual = (before & is_image).sum(1)
+            assert ((seen[layer] & is_image).sum(1) == visual - visual // 2).all()
+            p = routed[layer][0].softmax(-1)[0, :, 1]
+            skipped = ~routed[layer][1][0]
+            assert skipped.any() and p[skipped].max() <= p[routed[layer][1][0]].max()
+
+
+def test_mod_trains_its_router(model, batch):
+    """Through the gate and the auxiliary loss, the same with gradient checkpointing."""
+    inputs = {**batch(1)}
+    labels = torch.where(inputs["input_ids"] == IMAGE, -100, inputs["input_ids"])
+    torch.manual_seed(0)
+    depth, gradients, losses = MoD(0.5, ROUTED), [], []
+    for checkpointing in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointing:
+            trained.gradient_checkpointing_enable({"use_reentrant": False})
+        for parameter in trained.parameters():
+            parameter.requires_grad_(True)
+        depth.zero_grad() if depth.router else None
+        with accelerate(trained, depth=depth) as handle:
+            loss = trained(**inputs, labels=labels, use_cache=False).loss
+            from_lm = torch.autograd.grad(loss, depth.router.weight, retain_graph=True)[0]
+            aux = handle.loss()
+            (loss + aux).backward()
+        assert from_lm.abs().max() > 0 and not torch.allclose(from_lm, depth.router.weight.grad)
+        gradients.append([depth.router.weight.grad.clone(), trained.get_decoder().layers[2].mlp.up_proj.weight.grad])
+        losses.append((loss.item(), aux.item()))
+    assert losses[0] == pytest.approx(losses[1]) and losses[0][1] > 0
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
