@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 python := $(VENV)/bin/python
 
-.PHONY: demo test lint conformance bench clean
+.PHONY: demo test test-onedl lint conformance bench clean
 
 demo: $(VENV)/.zoo-base  # name what is in the packaged pictures and draw demo/sheet.png
 	$(python) -m zoo demo
@@ -15,6 +15,12 @@ demo: $(VENV)/.zoo-base  # name what is in the packaged pictures and draw demo/s
 test: export OMP_NUM_THREADS ?= 1
 test: lint  # lint and the whole test suite
 	$(python) -m pytest -n 2
+
+# They are pure Python here, and found before those of OpenMMLab because PYTHONPATH comes first.
+test-onedl: export OMP_NUM_THREADS ?= 1
+test-onedl: $(VENV)/.zoo-dev  # the tests of zoo.openmmlab with the maintained forks of mmengine, mmcv, mmdet and mmseg
+	$(python) -m pip install --no-deps --upgrade --target .onedl --requirement tests/openmmlab/onedl.txt
+	PYTHONPATH=$(CURDIR)/.onedl $(python) -m pytest -n 2 tests/openmmlab
 
 lint: $(VENV)/.zoo-dev
 	$(python) -m ruff check
@@ -27,7 +33,7 @@ bench: $(VENV)/.zoo-dev  # images per second and memory of the models
 	$(python) -m zoo.tools.benchmark_models van_b0 van_b1 ravlt_tiny ravlt_small convnext_tiny --batch 8
 
 clean:  # everything that can be made again, but not the environment
-	rm -rf build dist demo *.egg-info .conformance .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist demo *.egg-info .conformance .onedl .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # A copied environment, or one shared by two checkouts, still points at the other checkout: install again.

@@ -4,18 +4,22 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"zoo.backbones": "backbones", "zoo.kernels": "kernels", "zoo.tools": "tools"}
+FOLDERS = {"zoo.backbones": "backbones", "zoo.kernels": "kernels", "zoo.mllm": "mllm", "zoo.tools": "tools"}
 
 packages = find_packages(include=["zoo", "zoo.*"])
 for name, folder in FOLDERS.items():
     packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
 
-dense: list[str] = []
+# mmdet and mmsegmentation want mmcv < 2.2. Python 3.12 has no distutils, which mmengine takes from setuptools; mmseg
+# imports ftfy and regex without saying so.
+dense = ["mmengine>=0.10.7,<1", "mmcv-lite==2.1.0", "mmdet==3.3.0", "mmsegmentation==1.2.2"]
+dense += ["ftfy", "regex", 'setuptools; python_version >= "3.12"', "supervision>=0.25"]
 mllm: list[str] = []
 serve: list[str] = []
 export = ["pyarrow"]
+bench = ["matplotlib"]
 train = ["accelerate>=1.0", "tensorboard", "pyyaml", "resvg_py>=0.3"]
-everything = [*dense, *mllm, *serve, *export, *train]
+everything = [*dense, *mllm, *serve, *export, *bench, *train]
 checks = ["build", "hypothesis", "pre-commit", "pytest>=8", "pytest-xdist", "setuptools>=77", "transformers"]
 # The formatter's output differs between its versions, so there is one version of it.
 formatter = ["ruff==0.17.6"]
@@ -33,7 +37,7 @@ setup(
     package_dir={**FOLDERS, "zoo.configs": "configs"},
     package_data={
         "zoo": ["weights/*", "samples/*"],
-        "zoo.configs": ["**/*.yaml"],
+        "zoo.configs": ["**/*.yaml", "**/*.py"],
     },
     install_requires=[
         "torch>=2.9",
@@ -52,6 +56,7 @@ setup(
         "mllm": mllm,
         "serve": serve,
         "export": export,
+        "bench": bench,
         "train": train,
         "all": everything,
         "dev": [*everything, *checks, *formatter],

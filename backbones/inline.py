@@ -8,15 +8,16 @@ The mixer subtracts from the weights of the values what their sum exceeds one by
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_function
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.backbones.bodies import pvt, swin
 from zoo.backbones.bodies.block import Block
 from zoo.backbones.bodies.checkpoint import checkpoint_filter_fn
 from zoo.backbones.bodies.cswin import CSwin
@@ -24,7 +25,7 @@ from zoo.backbones.bodies.deit import DeiT
 from zoo.backbones.bodies.pvt import PVT
 from zoo.backbones.bodies.swin import Swin
 from zoo.backbones.layers.conv import DepthwiseConv2d
-from zoo.backbones.model import QUICKSTART, Backbone, build
+from zoo.backbones.model import QUICKSTART, Model, build, imagenet_cfg
 from zoo.kernels import linear_attention
 
 __all__ = ["InLineCSwin", "InLineDeiT", "InLinePVT", "InLineSwin"]
@@ -115,7 +116,7 @@ class TokenInjectiveAttention(InjectiveAttention):
         """(B, N, C) to the same."""
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)
-        local = self.local(x.mean(1), v[:, self.prefix_tokens :].reshape(B, height, width, C)).reshape(B, -1, C)
+        local = self.local(x.mean(1), v[:, self.prefix_tokens :].reshape(B, height, width, C)).flatten(1, 2)
         local = F.pad(local, (0, 0, self.prefix_tokens, 0)).reshape(v.shape)
         return self.proj(self.attend(q, k, v, local).reshape(B, N, C))
 
@@ -177,28 +178,14 @@ class InLineCSwin(CSwin):
     block_types: ClassVar[Mapping[str, type[Block]]] = {"inline": ResidualBlock}
 
 
-def _cfg(size: int = 224, first_conv: str = "stem.conv", classifier: str = "head.fc", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
-        "paper_name": "Bridging the Divide: Reconsidering Softmax and Linear Attention",
-        "paper_ids": "arXiv:2412.06590",
-        "origin_url": "https://github.com/LeapLabTHU/InLine",
-        **kwargs,
-    }
-
-
-def _deit_cfg(size: int) -> dict[str, Any]:
-    return _cfg(size, "patch_embed.proj", "head")
+_cfg = partial(
+    imagenet_cfg,
+    crop_mode="squash",
+    paper_name="Bridging the Divide: Reconsidering Softmax and Linear Attention",
+    paper_ids="arXiv:2412.06590",
+    origin_url="https://github.com/LeapLabTHU/InLine",
+)
+_deit_cfg = partial(_cfg, first_conv="patch_embed.proj", classifier="head")
 
 
 default_cfgs = generate_default_cfgs(
@@ -220,77 +207,67 @@ default_cfgs = generate_default_cfgs(
         "inline_cswin_base_384.untrained": _cfg(384),
         "inline_nano.quickstart": _cfg(**QUICKSTART),
         "test_inline.untrained": _cfg(160),
+        "test_inline_deit.untrained": _deit_cfg(160),
         "test_inline_pvt.untrained": _cfg(160),
         "test_inline_cswin.untrained": _cfg(160),
     }
 )
 
 
-def _create(model_class: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
+def _create(model_class: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
     return build(model_class, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
-def _create_deit(variant: str, pretrained: bool, **kwargs: Any) -> InLineDeiT:
-    return build_model_with_cfg(
-        InLineDeiT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        pretrained_filter_fn=checkpoint_filter_fn,
-        attention="inline",
-        **kwargs,
-    )
-
-
 _INLINE = ("inline", "inline", "inline", "inline")
+_PVT = {"attention": _INLINE, "num_heads": (2, 4, 10, 16)}
 
 
 @register_model
 def inline_deit_tiny(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """InLine-DeiT-T, 6.5 M parameters, for 224 x 224."""
-    args = {"embed_dim": 192, "num_heads": 6}
-    return _create_deit("inline_deit_tiny", pretrained, **{**args, **kwargs})
+    args = {"attention": "inline", "embed_dim": 192, "num_heads": 6}
+    return _create(InLineDeiT, "inline_deit_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def inline_deit_small(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """InLine-DeiT-S, 16.7 M parameters, for 288 x 288."""
-    args = {"img_size": 288, "embed_dim": 320, "num_heads": 10}
-    return _create_deit("inline_deit_small", pretrained, **{**args, **kwargs})
+    args = {"attention": "inline", "img_size": 288, "embed_dim": 320, "num_heads": 10}
+    return _create(InLineDeiT, "inline_deit_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def inline_deit_base(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
     """InLine-DeiT-B, 23.8 M parameters, for 448 x 448."""
-    args = {"img_size": 448, "embed_dim": 384, "num_heads": 12}
-    return _create_deit("inline_deit_base", pretrained, **{**args, **kwargs})
+    args = {"attention": "inline", "img_size": 448, "embed_dim": 384, "num_heads": 12}
+    return _create(InLineDeiT, "inline_deit_base", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def inline_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-T, 12.0 M parameters."""
-    args = {"attention": _INLINE, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 10, 16)}
+    args = {**_PVT, "depths": pvt.DEPTHS["tiny"]}
     return _create(InLinePVT, "inline_pvt_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def inline_pvt_small(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-S, 21.6 M parameters."""
-    args = {"attention": _INLINE, "depths": (3, 4, 6, 3), "num_heads": (2, 4, 10, 16)}
+    args = {**_PVT, "depths": pvt.DEPTHS["small"]}
     return _create(InLinePVT, "inline_pvt_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def inline_pvt_medium(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-M, 37.6 M parameters."""
-    args = {"attention": _INLINE, "depths": (3, 4, 18, 3), "num_heads": (2, 4, 10, 16)}
+    args = {**_PVT, "depths": pvt.DEPTHS["medium"]}
     return _create(InLinePVT, "inline_pvt_medium", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def inline_pvt_large(pretrained: bool = False, **kwargs: Any) -> InLinePVT:
     """InLine-PVT-L, 51.2 M parameters."""
-    args = {"attention": _INLINE, "depths": (3, 8, 27, 3), "num_heads": (2, 4, 10, 16)}
+    args = {**_PVT, "depths": pvt.DEPTHS["large"]}
     return _create(InLinePVT, "inline_pvt_large", pretrained, **{**args, **kwargs})
 
 
@@ -304,16 +281,11 @@ def inline_swin_tiny(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
 @register_model
 def inline_swin_small(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
     """InLine-Swin-S, 49.8 M parameters."""
-    args = {"attention": ("inline", "inline", "softmax", "softmax"), "depths": (2, 2, 18, 2)}
+    args = {"attention": ("inline", "inline", "softmax", "softmax"), **swin.SMALL}
     return _create(InLineSwin, "inline_swin_small", pretrained, **{**args, **kwargs})
 
 
-_SWIN_BASE = {
-    "dim": 128,
-    "depths": (2, 2, 18, 2),
-    "num_heads": (4, 8, 16, 32),
-    "attention": ("inline", "inline", ("inline",) * 2 + ("softmax",) * 16, "softmax"),
-}
+_SWIN_BASE = {**swin.BASE, "attention": ("inline", "inline", ("inline",) * 2 + ("softmax",) * 16, "softmax")}
 
 
 @register_model
@@ -378,6 +350,13 @@ def test_inline(pretrained: bool = False, **kwargs: Any) -> InLineSwin:
         "window_size": 2,
     }
     return _create(InLineSwin, "test_inline", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_inline_deit(pretrained: bool = False, **kwargs: Any) -> InLineDeiT:
+    """A tiny InLine-DeiT for tests."""
+    args = {"attention": "inline", "img_size": 160, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    return _create(InLineDeiT, "test_inline_deit", pretrained, **{**args, **kwargs})
 
 
 @register_model

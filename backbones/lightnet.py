@@ -14,89 +14,23 @@ descriptions of the paper and from the authors' later libraries for language and
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, GluMlp, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
+from zoo.backbones.bodies.block import Block
+from zoo.backbones.layers.mlp import swiglu
 from zoo.backbones.layers.norm import RMSNorm
-from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, imagenet_cfg
+from zoo.kernels import linear_attention
 from zoo.kernels.library import accumulation_dtype
-from zoo.kernels.rotary import rotate
 
 __all__ = ["LightNet"]
-
-
-def lrpe_angles(
-    height: int, width: int, num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """MD-LRPE of a map: the angle of every channel pair of every token, in row-major order.
-
-    The first half of a head's pairs turns with the row, the second with the column; both have the same frequencies,
-    which fall from head to head: ``10000 ** (-2 (h D / 2 + j) / (heads D))`` for pair j of head h.
-
-    Args:
-        height: rows of the map.
-        width: columns of the map.
-        num_heads: heads.
-        head_dim: D, a multiple of 4.
-        device: of the result.
-        dtype: of the result.
-
-    Returns:
-        (num_heads, height * width, head_dim / 2), radians.
-    """
-    pairs = torch.arange(head_dim // 4, device=device, dtype=dtype)
-    heads = torch.arange(num_heads, device=device, dtype=dtype)[:, None]
-    exponents = (2 * pairs + heads * head_dim) / (num_heads * head_dim)
-    frequencies = torch.exp(exponents * -9.210340371976184)[:, None, :]  # ln 10000
-    rows = torch.arange(height, device=device, dtype=dtype)[:, None] * frequencies  # (heads, height, D / 4)
-    columns = torch.arange(width, device=device, dtype=dtype)[:, None] * frequencies
-    shape = [num_heads, height, width, head_dim // 4]
-    angles = torch.cat([rows[:, :, None].expand(shape), columns[:, None].expand(shape)], dim=-1)
-    return angles.reshape(num_heads, height * width, head_dim // 2)
-
-
-def _one_scan(q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
-    dtype = accumulation_dtype(q.dtype)
-    query = q.to(dtype).transpose(1, 2)  # (B, heads, N, D)
-    key = k.to(dtype).transpose(1, 2).softmax(2)
-    angles = lrpe_angles(height, width, q.shape[2], q.shape[3], q.device, dtype)
-    cos, sin = angles.cos(), angles.sin()
-    state = rotate(key, cos, sin).transpose(2, 3) @ v.to(dtype).transpose(1, 2)  # (B, heads, D, E)
-    return (rotate(query, cos, sin) @ state).transpose(1, 2).to(q.dtype)
-
-
-@register_notrace_function
-def additive_attention(q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
-    """Linear attention whose state is the sum over all tokens that one scan leaves behind.
-
-    With the rotation R_n of MD-LRPE at token n, and for every key channel d::
-
-        khat_n,d = exp(k_n,d) / sum_m exp(k_m,d)
-        o_n      = R_n(q_n) sum_m R_m(khat_m) v_m^T
-
-    The softmax, the rotation and the state are in float32 or better, also under autocast: khat is about 1 / N.
-
-    Args:
-        q: queries (B, N, heads, D), D a multiple of 4.
-        k: logits of the keys (B, N, heads, D).
-        v: values (B, N, heads, E).
-        height: rows of the map.
-        width: columns of the map, height * width = N.
-
-    Returns:
-        (B, N, heads, E), in the dtype of q.
-    """
-    if torch.jit.is_scripting():
-        return _one_scan(q, k, v, height, width)
-    else:
-        with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # the meta device has no autocast
-            return _one_scan(q, k, v, height, width)
 
 
 class LowRankLinear(nn.Sequential):
@@ -113,6 +47,9 @@ class LowRankLinear(nn.Sequential):
 
 class AdditiveAttention(nn.Module):
     """``proj(norm(attention(SiLU(q), k, v)) * SiLU(gate))``: (B, H, W, C) to the same.
+
+    Attention is linear with keys normalised over the tokens, which the additive recurrence leaves after its one scan;
+    queries and normalised keys turn with MD-LRPE.
 
     Args:
         dim: C.
@@ -142,37 +79,8 @@ class AdditiveAttention(nn.Module):
         """(B, H, W, C) to the same."""
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, self.head_dim).unbind(2)
-        out = additive_attention(F.silu(q), k, v, H, W).reshape(B, H, W, C)
-        return self.proj(self.norm(out) * F.silu(self.gate(x)))
-
-
-class Block(nn.Module):
-    """Additive attention and a GLU, each with RMSNorm before and a skip connection: (B, H, W, C) to the same."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        gate_rank: int,
-        mlp_ratio: float,
-        drop_path: float,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        hidden = -(-int(dim * mlp_ratio) // 32) * 32
-        self.norm1 = RMSNorm(dim, 1e-6, **dd)
-        self.mixer = AdditiveAttention(dim, num_heads, gate_rank, **dd)
-        self.drop_path1 = DropPath(drop_path)
-        self.norm2 = RMSNorm(dim, 1e-6, **dd)
-        self.mlp = GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False, bias=False, **dd)
-        self.drop_path2 = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to the same."""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        out = linear_attention(q, k, v, "silu", grid=(H, W), normalisation="keys", rotary_across_heads=True)
+        return self.proj(self.norm(out.reshape(B, H, W, C)) * F.silu(self.gate(x)))
 
 
 @register_notrace_function
@@ -285,15 +193,24 @@ class LightNet(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        norm = partial(RMSNorm, eps=1e-6)
         stages = []
-        for i, depth in enumerate(depths):
-            blocks = [Block(dim, num_heads, gate_rank, mlp_ratio, r, **dd) for r in rates[sum(depths[:i]) :][:depth]]
+        for rates in calculate_drop_path_rates(drop_path_rate, depths, stagewise=True):
+            blocks = [
+                Block(
+                    dim,
+                    AdditiveAttention(dim, num_heads, gate_rank, **dd),
+                    swiglu(dim, mlp_ratio, 32, **dd),
+                    norm,
+                    rate,
+                    **dd,
+                )
+                for rate in rates
+            ]
             stages.append(Stage(dim, blocks))
         stem = Stem(in_chans, dim, patch_size, num_heads, gate_rank, **dd)
-        norm = RMSNorm(dim, 1e-6, **dd)
-        reductions = [patch_size] * len(depths)
-        super().__init__(stem, stages, norm, dim, in_chans, num_classes, global_pool, drop_rate, reductions, **dd)
+        final, reductions = norm(dim, **dd), [patch_size] * len(depths)
+        super().__init__(stem, stages, final, dim, in_chans, num_classes, global_pool, drop_rate, reductions, **dd)
 
     @staticmethod
     def init_module(module: nn.Module) -> None:
@@ -313,22 +230,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return state_dict
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (14, 14),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_name": "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
-        "paper_ids": "arXiv:2405.21022",
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    pool_size=(14, 14),
+    crop_pct=0.9,
+    license="apache-2.0",
+    paper_name="You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
+    paper_ids="arXiv:2405.21022",
+)
 
 
 default_cfgs = generate_default_cfgs(
@@ -337,7 +246,7 @@ default_cfgs = generate_default_cfgs(
         "lightnet_small.untrained": _cfg(),
         "lightnet_base.untrained": _cfg(),
         "lightnet_nano.quickstart": _cfg(**{**QUICKSTART, "pool_size": (12, 12)}),
-        "test_lightnet.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
+        "test_lightnet.untrained": _cfg(160, pool_size=(10, 10)),
     }
 )
 

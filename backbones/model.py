@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -10,6 +10,8 @@ from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # The pretrained cfg of models trained on the quickstart data (tools/build_quickstart_data.py).
 QUICKSTART = {
@@ -21,6 +23,22 @@ QUICKSTART = {
     "std": IMAGENET_DEFAULT_STD,
     "license": "apache-2.0",
 }
+
+
+def imagenet_cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    """The pretrained cfg of a model for ImageNet-1k pictures of so many pixels, with what of it is different."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        **kwargs,
+    }
 
 
 def packaged(name: str) -> str:
@@ -252,8 +270,8 @@ def _tokens(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
-def build(model_class: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
-    """timm's builder with the settings that all families share."""
+def build(model_class: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
+    """timm's builder with the settings that all families share: features are the last four maps."""
     return build_model_with_cfg(
-        model_class, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs
+        model_class, variant, pretrained, feature_cfg={"out_indices": 4, "feature_cls": "getter"}, **kwargs
     )

@@ -9,11 +9,11 @@ in the first two stages; the last two use softmax attention with the same projec
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d
 from zoo.backbones.layers.fold import affine, fold_after
 from zoo.backbones.layers.mlp import DepthwiseMlp
-from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, imagenet_cfg
 from zoo.kernels import linear_attention
 from zoo.kernels.rotary import rotary_angles, rotate
 
@@ -175,12 +175,11 @@ class RAVLT(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
             blocks = [
-                Block(dim, num_heads[i], mlp_ratio, attention[i], rate, init_values[i], **dd)
-                for rate in rates[sum(depths[:i]) :][:depth]
+                Block(dim, num_heads[i], mlp_ratio, attention[i], rate, init_values[i], **dd) for rate in stage_rates
             ]
             stages.append(Stage(dim, blocks, ConvNorm(dims[i - 1], dim, 3, 2, **dd) if i else None))
         half = dims[0] // 2
@@ -237,36 +236,26 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return renamed
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_name": "Breaking the Low-Rank Dilemma of Linear Attention",
-        "paper_ids": "arXiv:2411.07635",
-        "origin_url": "https://github.com/qhfan/RALA",
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    first_conv="stem.0.conv",
+    license="mit",
+    paper_name="Breaking the Low-Rank Dilemma of Linear Attention",
+    paper_ids="arXiv:2411.07635",
+    origin_url="https://github.com/qhfan/RALA",
+)
 
 
 _URL = "https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{}.pth"
 
 default_cfgs = generate_default_cfgs(
     {
-        "ravlt_tiny.in1k": _cfg(_URL.format("T")),
-        "ravlt_small.in1k": _cfg(_URL.format("S")),
-        "ravlt_base.in1k": _cfg(_URL.format("B")),
-        "ravlt_large.in1k": _cfg(_URL.format("L")),
+        "ravlt_tiny.in1k": _cfg(url=_URL.format("T")),
+        "ravlt_small.in1k": _cfg(url=_URL.format("S")),
+        "ravlt_base.in1k": _cfg(url=_URL.format("B")),
+        "ravlt_large.in1k": _cfg(url=_URL.format("L")),
         "ravlt_nano.quickstart": _cfg(**QUICKSTART),
-        "test_ravlt.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        "test_ravlt.untrained": _cfg(160),
     }
 )
 

@@ -6,13 +6,15 @@ on the bodies of DeiT, PVT, Swin and CSwin. The ``prepbn_*`` models have the nor
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+import torch.nn.functional as F
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from zoo.backbones.bodies import pvt, swin
 from zoo.backbones.bodies.checkpoint import checkpoint_filter_fn
 from zoo.backbones.bodies.cswin import CSwin
 from zoo.backbones.bodies.deit import DeiT
@@ -21,7 +23,7 @@ from zoo.backbones.bodies.swin import Swin
 from zoo.backbones.layers.conv import DepthwiseConv2d
 from zoo.backbones.layers.position import PositionTable
 from zoo.backbones.layers.prepbn import replace_layer_norms, set_prep_progress
-from zoo.backbones.model import QUICKSTART, Backbone, build
+from zoo.backbones.model import QUICKSTART, Model, build, imagenet_cfg
 from zoo.kernels import depthwise_conv2d, linear_attention
 
 __all__ = ["SlabCSwin", "SlabDeiT", "SlabPVT", "SlabSwin", "replace_layer_norms", "set_prep_progress"]
@@ -57,22 +59,63 @@ class SimplifiedAttention(nn.Module):
         """The layers that read the input."""
         return [self.qkv]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, lepe: Tensor | None = None) -> Tensor:
-        """(B, N, heads, head_dim) each and what is added (B, H, W, C), to (B, N, heads, head_dim)."""
-        B, N, heads, dim = v.shape
-        k = self.position(k.reshape(B, height, width, heads * dim)).view(B, N, heads, dim)
-        weight, bias = self.local.weight.repeat(heads, 1, 1, 1), self.local.bias
+    def attend(self, qkv: Tensor, lepe: Tensor | None = None) -> Tensor:
+        """Queries, keys and values (B, H, W, 3C) and what is added to the result (B, H, W, C), to (B, H, W, C)."""
+        B, H, W = qkv.shape[:3]
+        weight, bias = self.local.weight.repeat(self.num_heads, 1, 1, 1), self.local.bias
         assert bias is not None  # TorchScript has to be told
-        local = depthwise_conv2d(v.reshape(B, height, width, heads * dim), weight, bias.repeat(heads))
+        _, k_map, v_map = qkv.chunk(3, -1)
+        local = depthwise_conv2d(v_map, weight, bias.repeat(self.num_heads))
         if lepe is not None:
             local = local + lepe
-        return linear_attention(q, k, v, "relu", local=local.reshape(B, N, heads, dim))
+        shape = [B, H * W, self.num_heads, self.head_dim]
+        q, _, v = qkv.view(B, H * W, 3, self.num_heads, self.head_dim).unbind(2)
+        k = self.position(k_map).reshape(shape)
+        out = linear_attention(q, k, v, "relu", local=local.reshape(shape))
+        return out.reshape(B, H, W, self.num_heads * self.head_dim)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        return self.proj(self.attend(self.qkv(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        return self.mix(x)
+
+
+class WindowedSimplifiedAttention(SimplifiedAttention):
+    """The same in windows as large as the table, which may be shifted by half: so in the authors' detectors.
+
+    Maps that are no multiple of the window are padded with zeros, which take part.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        shifted: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, grid, device=device, dtype=dtype)
+        self.window = grid
+        self.shift = (grid[0] // 2, grid[1] // 2) if shifted else (0, 0)
+
+    def readers(self) -> list[nn.Module]:
+        """None that reads the input and nothing else."""
+        return []
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         B, H, W, C = x.shape
-        q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, self.head_dim).unbind(2)
-        return self.proj(self.attend(q, k, v, H, W).reshape(B, H, W, C))
+        height, width = self.window
+        down, right = self.shift
+        rows, columns = (H + height - 1) // height, (W + width - 1) // width
+        x = F.pad(x, (0, 0, 0, columns * width - W, 0, rows * height - H)).roll((-down, -right), (1, 2))
+        windows = x.view(B, rows, height, columns, width, C).transpose(2, 3).reshape(-1, height, width, C)
+        out = self.mix(windows).view(B, rows, columns, height, width, C).transpose(2, 3)
+        return out.reshape(B, rows * height, columns * width, C).roll((down, right), (1, 2))[:, :H, :W]
 
 
 class TokenSimplifiedAttention(SimplifiedAttention):
@@ -93,9 +136,7 @@ class TokenSimplifiedAttention(SimplifiedAttention):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B, N, C) to the same."""
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).unbind(2)
-        return self.proj(self.attend(q, k, v, height, width).reshape(B, N, C))
+        return self.mix(x.unflatten(1, (height, width))).flatten(1, 2)
 
 
 class ConvolvedSimplifiedAttention(SimplifiedAttention):
@@ -114,10 +155,8 @@ class ConvolvedSimplifiedAttention(SimplifiedAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        B, H, W, C = x.shape
-        q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, self.head_dim).unbind(2)
-        lepe = self.lepe(v.reshape(B, H, W, C))
-        return self.proj(self.attend(q, k, v, H, W, lepe).reshape(B, H, W, C))
+        qkv = self.qkv(x)
+        return self.proj(self.attend(qkv, self.lepe(qkv.chunk(3, -1)[2])))
 
 
 class SlabDeiT(DeiT):
@@ -136,6 +175,7 @@ class SlabSwin(Swin):
     """Swin with simplified linear attention."""
 
     mixers: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {"slab": SimplifiedAttention}
+    dense_mixers: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {"slab": WindowedSimplifiedAttention}
 
 
 class SlabCSwin(CSwin):
@@ -147,69 +187,45 @@ class SlabCSwin(CSwin):
 _URL = "https://github.com/xinghaochen/SLAB/releases/download/ckpts/{}.pth"
 
 
-def _cfg(file: str = "", size: int = 224, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": _URL.format(file) if file else "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "paper_name": "SLAB: Efficient Transformers with Simplified Linear Attention and PRepBN",
-        "paper_ids": "arXiv:2405.11582",
-        "origin_url": "https://github.com/xinghaochen/SLAB",
-        **kwargs,
-    }
-
-
-def _deit_cfg(file: str) -> dict[str, Any]:
-    return _cfg(file, first_conv="patch_embed.proj", classifier="head")
+_cfg = partial(
+    imagenet_cfg,
+    paper_name="SLAB: Efficient Transformers with Simplified Linear Attention and PRepBN",
+    paper_ids="arXiv:2405.11582",
+    origin_url="https://github.com/xinghaochen/SLAB",
+)
+_deit_cfg = partial(_cfg, first_conv="patch_embed.proj", classifier="head")
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "slab_deit_tiny.in1k": _deit_cfg("slab_deit_tiny"),
-        "slab_deit_small.in1k": _deit_cfg("slab_deit_small"),
-        "slab_pvt_tiny.in1k": _cfg("slab_pvt_tiny"),
+        "slab_deit_tiny.in1k": _deit_cfg(url=_URL.format("slab_deit_tiny")),
+        "slab_deit_small.in1k": _deit_cfg(url=_URL.format("slab_deit_small")),
+        "slab_pvt_tiny.in1k": _cfg(url=_URL.format("slab_pvt_tiny")),
         "slab_pvt_small.untrained": _cfg(),
         "slab_pvt_medium.untrained": _cfg(),
-        "slab_swin_tiny.in1k": _cfg("slab_swin_tiny"),
-        "slab_swin_small.in1k": _cfg("slab_swin_small"),
+        "slab_swin_tiny.in1k": _cfg(url=_URL.format("slab_swin_tiny")),
+        "slab_swin_small.in1k": _cfg(url=_URL.format("slab_swin_small")),
         "slab_swin_base.untrained": _cfg(),
-        "slab_cswin_tiny.in1k": _cfg("slab_cswin_tiny"),
+        "slab_cswin_tiny.in1k": _cfg(url=_URL.format("slab_cswin_tiny")),
         "slab_cswin_small.untrained": _cfg(),
-        "prepbn_deit_tiny.in1k": _deit_cfg("deit_tiny_prepbn"),
-        "prepbn_deit_small.in1k": _deit_cfg("deit_small_prepbn"),
-        "prepbn_pvt_tiny.in1k": _cfg("pvt_tiny_prepbn"),
-        "prepbn_pvt_small.in1k": _cfg("pvt_small_prepbn"),
-        "prepbn_pvt_medium.in1k": _cfg("pvt_medium_prepbn"),
-        "prepbn_swin_tiny.in1k": _cfg("swin_tiny_prepbn"),
+        "prepbn_deit_tiny.in1k": _deit_cfg(url=_URL.format("deit_tiny_prepbn")),
+        "prepbn_deit_small.in1k": _deit_cfg(url=_URL.format("deit_small_prepbn")),
+        "prepbn_pvt_tiny.in1k": _cfg(url=_URL.format("pvt_tiny_prepbn")),
+        "prepbn_pvt_small.in1k": _cfg(url=_URL.format("pvt_small_prepbn")),
+        "prepbn_pvt_medium.in1k": _cfg(url=_URL.format("pvt_medium_prepbn")),
+        "prepbn_swin_tiny.in1k": _cfg(url=_URL.format("swin_tiny_prepbn")),
         "slab_nano.quickstart": _cfg(**QUICKSTART),
-        "test_slab.untrained": _cfg(size=160),
-        "test_slab_pvt.untrained": _cfg(size=160),
-        "test_slab_cswin.untrained": _cfg(size=160),
+        "test_slab.untrained": _cfg(160),
+        "test_slab_deit.untrained": _deit_cfg(160),
+        "test_slab_pvt.untrained": _cfg(160),
+        "test_slab_cswin.untrained": _cfg(160),
     }
 )
 
 
-def _create(model_class: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> Backbone:
+def _create(model_class: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
     args = {"norm": "prepbn", **kwargs}
     return build(model_class, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **args)
-
-
-def _create_deit(variant: str, pretrained: bool, **kwargs: Any) -> SlabDeiT:
-    return build_model_with_cfg(
-        SlabDeiT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **{"norm": "prepbn", **kwargs},
-    )
 
 
 _DEIT = {"attention": "slab", "class_token": False, "global_pool": "avg"}
@@ -219,28 +235,28 @@ _DEIT = {"attention": "slab", "class_token": False, "global_pool": "avg"}
 def slab_deit_tiny(pretrained: bool = False, **kwargs: Any) -> SlabDeiT:
     """SLAB-DeiT-T, 6.2 M parameters."""
     args = {**_DEIT, "embed_dim": 192, "num_heads": 3}
-    return _create_deit("slab_deit_tiny", pretrained, **{**args, **kwargs})
+    return _create(SlabDeiT, "slab_deit_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def slab_deit_small(pretrained: bool = False, **kwargs: Any) -> SlabDeiT:
     """SLAB-DeiT-S, 23.0 M parameters."""
     args = {**_DEIT, "embed_dim": 384, "num_heads": 6}
-    return _create_deit("slab_deit_small", pretrained, **{**args, **kwargs})
+    return _create(SlabDeiT, "slab_deit_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def prepbn_deit_tiny(pretrained: bool = False, **kwargs: Any) -> SlabDeiT:
     """DeiT-T with RepBN, 5.7 M parameters."""
     args = {"embed_dim": 192, "num_heads": 3, "norm": "repbn"}
-    return _create_deit("prepbn_deit_tiny", pretrained, **{**args, **kwargs})
+    return _create(SlabDeiT, "prepbn_deit_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def prepbn_deit_small(pretrained: bool = False, **kwargs: Any) -> SlabDeiT:
     """DeiT-S with PRepBN, 22.1 M parameters."""
     args = {"embed_dim": 384, "num_heads": 6}
-    return _create_deit("prepbn_deit_small", pretrained, **{**args, **kwargs})
+    return _create(SlabDeiT, "prepbn_deit_small", pretrained, **{**args, **kwargs})
 
 
 _SLAB = ("slab", "slab", "slab", "slab")
@@ -249,40 +265,40 @@ _SLAB = ("slab", "slab", "slab", "slab")
 @register_model
 def slab_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> SlabPVT:
     """SLAB-PVT-T, 12.2 M parameters."""
-    args = {"attention": _SLAB, "depths": (2, 2, 2, 2)}
+    args = {"attention": _SLAB, "depths": pvt.DEPTHS["tiny"]}
     return _create(SlabPVT, "slab_pvt_tiny", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def slab_pvt_small(pretrained: bool = False, **kwargs: Any) -> SlabPVT:
     """SLAB-PVT-S, 21.7 M parameters."""
-    args = {"attention": _SLAB, "depths": (3, 4, 6, 3)}
+    args = {"attention": _SLAB, "depths": pvt.DEPTHS["small"]}
     return _create(SlabPVT, "slab_pvt_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def slab_pvt_medium(pretrained: bool = False, **kwargs: Any) -> SlabPVT:
     """SLAB-PVT-M, 37.3 M parameters."""
-    args = {"attention": _SLAB, "depths": (3, 4, 18, 3)}
+    args = {"attention": _SLAB, "depths": pvt.DEPTHS["medium"]}
     return _create(SlabPVT, "slab_pvt_medium", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def prepbn_pvt_tiny(pretrained: bool = False, **kwargs: Any) -> SlabPVT:
     """PVT-T with PRepBN, 13.2 M parameters."""
-    return _create(SlabPVT, "prepbn_pvt_tiny", pretrained, **{"depths": (2, 2, 2, 2), **kwargs})
+    return _create(SlabPVT, "prepbn_pvt_tiny", pretrained, **{"depths": pvt.DEPTHS["tiny"], **kwargs})
 
 
 @register_model
 def prepbn_pvt_small(pretrained: bool = False, **kwargs: Any) -> SlabPVT:
     """PVT-S with PRepBN, 24.5 M parameters."""
-    return _create(SlabPVT, "prepbn_pvt_small", pretrained, **{"depths": (3, 4, 6, 3), **kwargs})
+    return _create(SlabPVT, "prepbn_pvt_small", pretrained, **{"depths": pvt.DEPTHS["small"], **kwargs})
 
 
 @register_model
 def prepbn_pvt_medium(pretrained: bool = False, **kwargs: Any) -> SlabPVT:
     """PVT-M with PRepBN, 44.3 M parameters."""
-    return _create(SlabPVT, "prepbn_pvt_medium", pretrained, **{"depths": (3, 4, 18, 3), **kwargs})
+    return _create(SlabPVT, "prepbn_pvt_medium", pretrained, **{"depths": pvt.DEPTHS["medium"], **kwargs})
 
 
 _SWIN = ("slab", "slab", "softmax", "softmax")
@@ -297,14 +313,14 @@ def slab_swin_tiny(pretrained: bool = False, **kwargs: Any) -> SlabSwin:
 @register_model
 def slab_swin_small(pretrained: bool = False, **kwargs: Any) -> SlabSwin:
     """SLAB-Swin-S, 50.6 M parameters."""
-    args = {"attention": _SWIN, "depths": (2, 2, 18, 2)}
+    args = {"attention": _SWIN, **swin.SMALL}
     return _create(SlabSwin, "slab_swin_small", pretrained, **{**args, **kwargs})
 
 
 @register_model
 def slab_swin_base(pretrained: bool = False, **kwargs: Any) -> SlabSwin:
     """SLAB-Swin-B, 89.0 M parameters."""
-    args = {"attention": _SWIN, "dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+    args = {"attention": _SWIN, **swin.BASE}
     return _create(SlabSwin, "slab_swin_base", pretrained, **{**args, **kwargs})
 
 
@@ -346,6 +362,13 @@ def test_slab(pretrained: bool = False, **kwargs: Any) -> SlabSwin:
     args = {**_TINY, "attention": ("slab", "slab", ("slab", "softmax"), "slab"), "dim": 8, "depths": (1, 1, 2, 1)}
     args |= {"num_heads": (1, 2, 2, 4), "window_size": 2}
     return _create(SlabSwin, "test_slab", pretrained, **{**args, **kwargs})
+
+
+@register_model
+def test_slab_deit(pretrained: bool = False, **kwargs: Any) -> SlabDeiT:
+    """A tiny SLAB-DeiT for tests."""
+    args = {**_DEIT, **_TINY, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    return _create(SlabDeiT, "test_slab_deit", pretrained, **{**args, **kwargs})
 
 
 @register_model

@@ -10,6 +10,7 @@ and a 1x1 convolution, whose result gates its input.
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from zoo.backbones.layers.conv import ConvNorm, DepthwiseConv2d
 from zoo.backbones.layers.fold import affine, fold_after, fold_before
 from zoo.backbones.layers.mlp import DepthwiseMlp
-from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, packaged
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, imagenet_cfg, packaged
 from zoo.kernels import large_kernel_attention
 
 __all__ = ["VAN"]
@@ -154,10 +155,10 @@ class VAN(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, (dim, depth, ratio) in enumerate(zip(dims, depths, mlp_ratios, strict=True)):
-            blocks = [Block(dim, ratio, rate, init_values, **dd) for rate in rates[sum(depths[:i]) :][:depth]]
+        for i, (dim, ratio, stage_rates) in enumerate(zip(dims, mlp_ratios, rates, strict=True)):
+            blocks = [Block(dim, ratio, rate, init_values, **dd) for rate in stage_rates]
             downsample = ConvNorm(dims[i - 1], dim, 3, 2, **dd) if i else None
             stages.append(Stage(dim, blocks, downsample, nn.LayerNorm(dim, norm_eps, **dd)))
         stem = ConvNorm(in_chans, dims[0], 7, 4, **dd)
@@ -204,39 +205,31 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return renamed
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_name": "Visual Attention Network",
-        "paper_ids": "arXiv:2202.09741",
-        "origin_url": "https://github.com/Visual-Attention-Network/VAN-Classification",
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    crop_pct=0.9,
+    mean=IMAGENET_INCEPTION_MEAN,
+    std=IMAGENET_INCEPTION_STD,
+    license="apache-2.0",
+    paper_name="Visual Attention Network",
+    paper_ids="arXiv:2202.09741",
+    origin_url="https://github.com/Visual-Attention-Network/VAN-Classification",
+)
 
 
 _URL = "https://huggingface.co/Visual-Attention-Network/VAN-{}-original/resolve/main/van_{}.pth.tar"
 
 default_cfgs = generate_default_cfgs(
     {
-        "van_b0.in1k": _cfg(_URL.format("Tiny", "tiny_754")),
-        "van_b1.in1k": _cfg(_URL.format("Small", "small_811")),
-        "van_b2.in1k": _cfg(_URL.format("Base", "base_828")),
-        "van_b3.in1k": _cfg(_URL.format("Large", "large_839")),
+        "van_b0.in1k": _cfg(url=_URL.format("Tiny", "tiny_754")),
+        "van_b1.in1k": _cfg(url=_URL.format("Small", "small_811")),
+        "van_b2.in1k": _cfg(url=_URL.format("Base", "base_828")),
+        "van_b3.in1k": _cfg(url=_URL.format("Large", "large_839")),
         "van_b4.untrained": _cfg(),
         "van_b5.untrained": _cfg(),
         "van_b6.untrained": _cfg(),
         "van_nano.quickstart": _cfg(**QUICKSTART, file=packaged("van_nano")),
-        "test_van.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        "test_van.untrained": _cfg(160),
     }
 )
 

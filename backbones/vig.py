@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, GluMlp, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.backbones.bodies.block import ConvEmbed, init_linear
+from zoo.backbones.bodies.block import Block, ConvEmbed, grid_of, init_linear
 from zoo.backbones.layers.conv import DepthwiseConv2d
+from zoo.backbones.layers.mlp import swiglu
 from zoo.backbones.layers.norm import RMSNorm
-from zoo.backbones.layers.position import PositionTable
-from zoo.backbones.model import QUICKSTART, Backbone, Stage, build
+from zoo.backbones.layers.position import PositionTable, resize_tables
+from zoo.backbones.model import QUICKSTART, Backbone, Stage, build, imagenet_cfg
 from zoo.kernels import bidirectional_gated_linear_attention
 
 __all__ = ["HierViG", "ViG"]
@@ -95,47 +95,11 @@ class GatedLinearMixer(nn.Module):
         return x.unflatten(-1, [self.num_heads, -1])
 
 
-class Block(nn.Module):
-    """Mixer and SwiGLU, each with a norm before and a skip connection: (B, H, W, C) to the same.
-
-    Args:
-        dim: C.
-        mixer: (B, H, W, C) to the same.
-        norm: makes a norm over channels.
-        mlp_multiple: 8/3 C, rounded up to a multiple of this, are the hidden channels.
-        drop_path: rate of stochastic depth.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        mixer: nn.Module,
-        norm: Callable[..., nn.Module],
-        mlp_multiple: int,
-        drop_path: float,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        hidden = math.ceil(int(8 / 3 * dim) / mlp_multiple) * mlp_multiple
-        self.norm1 = norm(dim, **dd)
-        self.mixer = mixer
-        self.drop_path1 = DropPath(drop_path)
-        self.norm2 = norm(dim, **dd)
-        self.mlp = GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False, bias=False, **dd)
-        self.drop_path2 = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to the same."""
-        x = x + self.drop_path1(self.mixer(self.norm1(x)))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-
 class ViG(Backbone):
     """Plain ViG: one token for 16 x 16 pixels throughout; its stages are equal parts of the depth.
 
     Args:
+        img_size: size of the pictures that the table of positions is made for, in pixels; others resize it.
         in_chans: channels of the pictures.
         num_classes: outputs; 0 for pooled features.
         global_pool: pooling before the classifier.
@@ -143,13 +107,13 @@ class ViG(Backbone):
         depths: blocks of the stages.
         num_heads: attention heads.
         mixer_act: SiLU in the mixers.
-        grid: rows and columns of the table of positions, which is resized to the picture's.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
 
     def __init__(
         self,
+        img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -157,7 +121,6 @@ class ViG(Backbone):
         depths: Sequence[int] = (3, 3, 3, 3),
         num_heads: int = 3,
         mixer_act: bool = False,
-        grid: tuple[int, int] = (14, 14),
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | None = None,
@@ -165,19 +128,25 @@ class ViG(Backbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         norm = partial(RMSNorm, eps=1e-6)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
         stages = []
-        for i, depth in enumerate(depths):
+        for rates in calculate_drop_path_rates(drop_path_rate, depths, stagewise=True):
             blocks = [
-                Block(dim, GatedLinearMixer(dim, num_heads, 1 / 4, mixer_act, **dd), norm, 256, rate, **dd)
-                for rate in rates[sum(depths[:i]) :][:depth]
+                Block(
+                    dim,
+                    GatedLinearMixer(dim, num_heads, 1 / 4, mixer_act, **dd),
+                    swiglu(dim, 8 / 3, 256, **dd),
+                    norm,
+                    rate,
+                    **dd,
+                )
+                for rate in rates
             ]
             stages.append(Stage(dim, blocks))
         stem = nn.Sequential(
             ConvEmbed(in_chans, dim // 2, 9, 8, 1, LayerNorm, **dd),
             nn.SiLU(),
             ConvEmbed(dim // 2, dim, 3, 2, 1, LayerNorm, **dd),
-            PositionTable(dim, grid, "bicubic", **dd),
+            PositionTable(dim, grid_of(img_size, 16), "bicubic", **dd),
         )
         reductions = [16] * len(depths)
         super().__init__(
@@ -235,12 +204,19 @@ class HierViG(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads, strict=True)):
+        for i, (dim, heads, stage_rates) in enumerate(zip(dims, num_heads, rates, strict=True)):
             blocks = [
-                Block(dim, GatedLinearMixer(dim, heads, 1 / 2, False, **dd), LayerNorm, 32, rate, **dd)
-                for rate in rates[sum(depths[:i]) :][:depth]
+                Block(
+                    dim,
+                    GatedLinearMixer(dim, heads, 1 / 2, False, **dd),
+                    swiglu(dim, 8 / 3, 32, **dd),
+                    LayerNorm,
+                    rate,
+                    **dd,
+                )
+                for rate in stage_rates
             ]
             downsample = ConvEmbed(dims[i - 1], dim, 3, 2, 1, LayerNorm, **dd) if i else None
             stages.append(Stage(dim, blocks, downsample))
@@ -285,9 +261,9 @@ _RENAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' checkpoint, of the plain or of the hierarchical body, in our names; one in our names as it is."""
+    """The authors' checkpoint, of either body, in our names; one in our names as it is, but for the table's size."""
     if not any(key.startswith("patch_embed.") for key in state_dict):
-        return state_dict
+        return resize_tables(state_dict, model)
     places = [f"stages.{i}.blocks.{j}" for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
     numbered = {f"blocks.{number}": place for number, place in enumerate(places)}
     renamed = {}
@@ -300,26 +276,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         elif key == "stem.3.table" and tensor.ndim == 3:
             tensor = tensor.unflatten(1, (math.isqrt(tensor.shape[1]), -1))  # tables of square maps
         renamed[key] = tensor
-    return renamed
+    return resize_tables(renamed, model)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0.conv",
-        "classifier": "head.fc",
-        "license": "mit",
-        "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
-        "paper_ids": "arXiv:2405.18425",
-        "origin_url": "https://github.com/hustvl/ViG",
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    first_conv="stem.0.conv",
+    license="mit",
+    paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+    paper_ids="arXiv:2405.18425",
+    origin_url="https://github.com/hustvl/ViG",
+)
 
 
 # The authors' weights are at https://huggingface.co/hustvl/ViG, under file names that they do not give.
@@ -332,8 +299,8 @@ default_cfgs = generate_default_cfgs(
         "vig_h_small.in1k": _cfg(),
         "vig_h_base.in1k": _cfg(),
         "vig_nano.quickstart": _cfg(**QUICKSTART),
-        "test_vig.untrained": _cfg(input_size=(3, 160, 160), pool_size=(10, 10)),
-        "test_vig_h.untrained": _cfg(input_size=(3, 160, 160), pool_size=(5, 5)),
+        "test_vig.untrained": _cfg(160, pool_size=(10, 10)),
+        "test_vig_h.untrained": _cfg(160),
     }
 )
 
@@ -398,7 +365,7 @@ def vig_nano(pretrained: bool = False, **kwargs: Any) -> HierViG:
 @register_model
 def test_vig(pretrained: bool = False, **kwargs: Any) -> ViG:
     """A tiny plain ViG for tests."""
-    args = {"dim": 32, "depths": (1, 1, 2, 1), "num_heads": 2, "mixer_act": True, "grid": (10, 10)}
+    args = {"dim": 32, "depths": (1, 1, 2, 1), "num_heads": 2, "mixer_act": True, "img_size": 160}
     return _create_vig("test_vig", pretrained, **{**args, **kwargs})
 
 

@@ -4,6 +4,7 @@
 ``triton``; asking for Triton where it cannot run is an error that says why.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 CHOICES = ("auto", "triton", "torch")
+MIN_CAPABILITY = 7  # of an NVIDIA GPU, for Triton
 
 
 def select_backend(op: str, backends: Mapping[str, Callable], device: torch.device) -> Callable:
@@ -72,9 +74,18 @@ def _obstacle(backends: Mapping[str, Callable], device: torch.device) -> str:
     """Why Triton cannot compute an operator on a device; empty if it can."""
     if "triton" not in backends:
         return "it has no Triton kernel for these arguments"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and triton_asked_for()
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and not (triton_asked_for() and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"its tensors are on the {device.type} device, not on a GPU"
+    return _missing(device)
+
+
+@functools.cache  # every call of an operator asks
+def _missing(device: torch.device) -> str:
+    """What Triton needs and this installation or the device does not have."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < MIN_CAPABILITY:
+            return f"the GPU has compute capability {major}.{minor}, less than {MIN_CAPABILITY}.0"
     return ""

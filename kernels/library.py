@@ -27,6 +27,8 @@ def register_op(signature: str, compute: Callable, fake: Callable, flops: Callab
 
     def without_autocast(first: Tensor, *rest: Any) -> Any:
         """An operator's dtypes are those of its inputs; autocast has had its say before them."""
+        if not torch.is_autocast_enabled(first.device.type):  # to ask is cheaper than to switch off
+            return compute(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return compute(first, *rest)
 
@@ -35,6 +37,43 @@ def register_op(signature: str, compute: Callable, fake: Callable, flops: Callab
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     register_flop_formula(getattr(torch.ops.zoo, name))(flops)
     return f"{NAMESPACE}::{name}"
+
+
+def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
+    """As ``torch.library.register_autograd``, at half the cost of a call.
+
+    That one looks the whole schema up in every call to fill in defaults: 35 microseconds for 13 arguments.
+
+    Args:
+        name: qualified name of the operator; its arguments are all positional.
+        backward: from the context and the gradients of the results to those of all arguments.
+        setup_context: keeps in the context what ``backward`` needs, from all arguments and the results.
+    """
+    op = getattr(torch.ops.zoo, name.removeprefix(f"{NAMESPACE}::")).default
+    defaults = [argument.default_value for argument in op._schema.arguments]
+
+    def below_autograd(keyset: Any, inputs: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *inputs, keyset = inputs
+            output = below_autograd(keyset, inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple:
+            return *backward(ctx, *grads), None
+
+    def with_autograd(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return Gradient.apply(*inputs, *defaults[len(inputs) :], keyset)  # the dispatcher left out the defaults
+        return below_autograd(keyset, inputs)
+
+    _library.impl(name, with_autograd, "Autograd", with_keyset=True)
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:

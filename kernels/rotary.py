@@ -4,6 +4,8 @@ Channel pairs (2i, 2i + 1) are rotated by ``position * base ** -t_i``; the expon
 both included, over the pairs of one half.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def rotary_angles_across_heads(
+    height: int,
+    width: int,
+    num_heads: int,
+    head_dim: int,
+    base: float,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """MD-LRPE of a map: like ``rotary_angles``, but the frequencies continue to fall from head to head.
+
+    Pair j of either half of head h turns by ``position * base ** (-2 (h D / 2 + j) / (heads D))``.
+
+    Args:
+        height: rows of the map.
+        width: columns of the map.
+        num_heads: heads.
+        head_dim: D, a multiple of 4.
+        base: largest wavelength over 2 pi, in tokens.
+        device: of the result.
+        dtype: of the result.
+
+    Returns:
+        (num_heads, height * width, head_dim / 2), radians.
+    """
+    pairs = torch.arange(head_dim // 4, device=device, dtype=dtype)
+    heads = torch.arange(num_heads, device=device, dtype=dtype)[:, None]
+    exponents = (2 * pairs + heads * head_dim) / (num_heads * head_dim)
+    frequencies = torch.exp(exponents * -math.log(base))[:, None, :]
+    rows = torch.arange(height, device=device, dtype=dtype)[:, None] * frequencies  # (heads, height, D / 4)
+    columns = torch.arange(width, device=device, dtype=dtype)[:, None] * frequencies
+    shape = [num_heads, height, width, head_dim // 4]
+    angles = torch.cat([rows[:, :, None].expand(shape), columns[:, None].expand(shape)], dim=-1)
+    return angles.reshape(num_heads, height * width, head_dim // 2)

@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "zoo": ({"zoo"}, BASE),
     "tools": ({"zoo"}, None),
 }
+# zoo.openmmlab is imported only where these are, and says so where they are not.
+OPENMMLAB = {"cv2", "mmcv", "mmdet", "mmengine", "mmseg"}
 NEVER = {"zoo": {"zoo.tools"}}
 
 
@@ -122,6 +124,7 @@ def forbidden(source, folder, package):
             allowed = True
         else:  # what only some users need is imported where it is used, but never by kernels and backbones
             allowed = others is None or top in others or (folder in ("zoo", "mllm") and not at_import)
+            allowed |= within(package, {"zoo.openmmlab"}) and top in OPENMMLAB
         if not allowed:
             yield module
 

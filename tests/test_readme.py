@@ -1,5 +1,6 @@
 """The README: its examples run, offline, and its table is that of the catalogue."""
 
+import functools
 import re
 import shlex
 import shutil
@@ -39,12 +40,15 @@ def folder(prepared, monkeypatch):
     monkeypatch.chdir(prepared)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # Machine code and fresh processes would take minutes, and have tests of their own.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("zoo.measure._cpu_peak", lambda *_: None)
     return prepared
 
 
 def test_there_are_examples():
-    assert {command.split()[1] for command in COMMANDS} == {"classify", "embed", "list", "info", "convert"}
-    assert len(blocks("python")) == 3
+    assert {command.split()[1] for command in COMMANDS} == {"classify", "embed", "list", "info", "compare", "convert"}
+    assert len(blocks("python")) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -55,7 +59,7 @@ def test_command(command, folder):
     assert result.exit_code == 0, result.output
     assert result.stdout.strip()
     for name in arguments:
-        if name.endswith((".npy", ".safetensors", "sheet.png")):
+        if name.endswith((".npy", ".safetensors", "sheet.png", "compare.png")):
             assert (folder / name).stat().st_size > 1000
 
 

@@ -18,6 +18,7 @@ from zoo.tools.quickstart.classes import MIN_STYLES, EmojiClass, choose, key, pl
 from zoo.tools.quickstart.packages import PACKAGES, Package, obtain, read_icons, read_members
 from zoo.tools.quickstart.pictures import close_pairs, decode, encode, normalise, thumbprint
 from zoo.tools.quickstart.samples import write_samples
+from zoo.tools.quickstart.scenes import build_scenes
 
 INDISTINCT = 0.01  # below this difference two pictures of one style cannot be told apart
 CONFUSABLE = 0.06  # below this one they are worth a line in the report
@@ -176,6 +177,27 @@ def samples_command(
     except (OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
+
+
+@app.command("scenes")
+def scenes_command(
+    out: Annotated[Path, typer.Argument(help="Folder of the scenes.")],
+    root: Annotated[Path, typer.Option(help="Folder of the quickstart data, which has been built before.")] = Path(
+        "data/quickstart"
+    ),
+    train: Annotated[int, typer.Option(min=0, help="Scenes of the training styles.")] = 6000,
+    test: Annotated[int, typer.Option(min=0, help="Scenes of the held-out style.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")] = None,
+) -> None:
+    """Compose scenes with boxes, masks, semantic and panoptic maps; a build that was stopped goes on."""
+    try:
+        done = build_scenes(root, out, train=train, test=test, seed=seed, workers=workers)
+    except (OSError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    for split, counts in done.items():
+        print(f"{split}: {counts['scenes']} scenes, {counts['objects']} objects in {out}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ The aim is a classifier that knows a thing whatever the drawing style, so the au
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,24 +82,30 @@ class Sprites:
     styles: list[str]
 
 
-def load_sprites(root: str | Path, device: str | torch.device = "cpu") -> Sprites:
+def load_sprites(root: str | Path, device: str | torch.device = "cpu", classes: Sequence[str] | None = None) -> Sprites:
     """Read every ``ROOT/<class>/<style>.png`` once, resized to 112 x 112 with an empty border of 8 pixels.
 
     Args:
         root: Folder with one folder per class, as torchvision's ImageFolder; classes and styles are sorted by name.
         device: Where the pixels are kept.
+        classes: Which to read; None for all.
 
     Returns:
         The sprites.
 
     Raises:
-        FileNotFoundError: The folder holds no ``<class>/<style>.png``.
+        FileNotFoundError: The folder holds no ``<class>/<style>.png``, or none of a class that was asked for.
         ValueError: A file is not a readable picture.
     """
     files = sorted(Path(root).glob("*/*.png"))
     if not files:
         raise FileNotFoundError(f"no sprites in {root}: expected <class>/<style>.png with transparency")
-    classes = sorted({file.parent.name for file in files})
+    found = {file.parent.name for file in files}
+    if lacking := sorted(set(classes or ()) - found):
+        raise FileNotFoundError(f"no sprites of {', '.join(lacking)} in {root}")
+    if classes:
+        files = [file for file in files if file.parent.name in classes]
+    classes = sorted(found.intersection(classes) if classes else found)
     styles = sorted({file.stem for file in files})
     table = torch.full((len(classes), len(styles)), -1)
     for row, file in enumerate(files):
@@ -204,6 +210,23 @@ class Composer:
     def compose(self, step: int, batch: int, rank: int = 0) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, size, size) in [0, 1], before mixing and normalisation, and their labels (B,) int64."""
         draws = self._draws(step, batch, rank, 0)
+        front, labels = self._drawings(draws)
+        back = paint_background(draws, self.size, self.recipe)
+        self._behind(draws, front, back)
+        images = torch.addcmul(front[:, :3], back, 1 - front[:, 3:])
+        self._degrade(draws, images)
+        return images.clamp_(0, 1), labels
+
+    def drawings(self, step: int, batch: int, rank: int = 0) -> tuple[Tensor, Tensor]:
+        """Sprites in new styles, on nothing.
+
+        Returns:
+            (B, 4, size, size) in [0, 1], colour premultiplied by alpha, and alpha; and their labels (B,) int64.
+        """
+        return self._drawings(self._draws(step, batch, rank, 0))
+
+    def _drawings(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        batch = draws.batch
         # Without replacement: a class comes twice only when the batch is larger than the list of classes.
         labels = draws.uniform(math.ceil(batch / self.classes), self.classes).argsort(1).flatten()[:batch]
         table = self.table[labels]
@@ -213,12 +236,7 @@ class Composer:
         order = (exists + chances).argsort(1, descending=True)  # existing styles first
         rows = table.gather(1, order)
         other = rows[:, min(1, rows.shape[1] - 1)]
-        front = self._front(draws, rows[:, 0], other.where(other >= 0, rows[:, 0]), self.may_flip[labels])
-        back = paint_background(draws, self.size, self.recipe)
-        self._behind(draws, front, back)
-        images = torch.addcmul(front[:, :3], back, 1 - front[:, 3:])
-        self._degrade(draws, images)
-        return images.clamp_(0, 1), labels
+        return self._front(draws, rows[:, 0], other.where(other >= 0, rows[:, 0]), self.may_flip[labels]), labels
 
     def _draws(self, step: int, batch: int, rank: int, stream: int) -> Draws:
         return Draws(seed_of(self.seed, step, rank, stream), batch, self.device, self.dtype)

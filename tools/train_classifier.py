@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 
 import zoo
+from zoo.backbones.layers.prepbn import PRepBN, set_prep_progress
 from zoo.checkpoints import save_checkpoint
 from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
@@ -82,6 +83,7 @@ class Config:
 
     drop_path: float | None = None
     sync_bn: bool = False
+    prep_steps: int = 0  # steps in which PRepBN goes from layer norm to batch norm; 0: all
     batch_size: int = 1024  # of one optimizer step, over all processes and accumulated parts
     grad_accum: int = 1
     epochs: int = 0
@@ -483,6 +485,7 @@ def _train(
     )
     soft = config.data == "sprites" or config.mixup or config.cutmix
     criterion = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(config.smoothing)
+    progressive = config.prep_steps or any(isinstance(module, PRepBN) for module in net.modules())
     model, stepper = accelerator.prepare(net, optimizer)
     averaged = ema.module if ema else net
 
@@ -531,6 +534,8 @@ def _train(
                 return None, {}
             net.train()
             scheduler.step_update(step)
+            if progressive:
+                set_prep_progress(net, step, config.prep_steps or total)
             for part in range(config.grad_accum):
                 images, targets = next(batches)
                 # Drop path draws from the global generators: seeded per part, it does not depend on what ran before.

@@ -114,7 +114,9 @@ def create_model(
         {
             key: state[key.removeprefix("model.").removeprefix("body.").replace(".", "_")]
             for key in features.state_dict()
-        }
+            if not key.startswith("pyramid.")
+        },
+        strict=not hasattr(features, "pyramid"),  # layers.pyramid.PyramidFeatures: it has weights of its own
     )
     return features
 

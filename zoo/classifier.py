@@ -96,11 +96,11 @@ class Classifier:
             raise ValueError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}.")
         if isinstance(model, nn.Module):
             first = next(model.parameters(), None)
-            self.device = _device(device or (first.device if first is not None else "cpu"))
+            self.device = check_device(device or (first.device if first is not None else "cpu"))
             if checkpoint:
                 load_checkpoint(model, checkpoint)
         else:
-            self.device = _device(device or _best_device())
+            self.device = check_device(device or best_device())
             model = _build(model or DEFAULT_MODEL, checkpoint, labels)
         self.model = model.to(self.device).eval()
         self.labels = list(labels) if labels else label_names(model)
@@ -123,7 +123,7 @@ class Classifier:
             ImageError: a picture cannot be read.
             ValueError: the model has no classes.
         """
-        return [_or_raise(result).prediction for result in self.predict_all(_listed(images), top_k)]
+        return [_or_raise(result).prediction for result in self.predict_all(listed(images), top_k)]
 
     def predict_all(self, images: Iterable[Picture], top_k: int = 5, thumbnail: int = 0) -> Iterator[Result]:
         """Like `predict` for any number of pictures: results come in order, while the next pictures are being decoded.
@@ -157,7 +157,7 @@ class Classifier:
             ImageError: a picture cannot be read.
             ValueError: the model does not pool its features.
         """
-        rows = [_or_raise(result).embedding for result in self.embed_all(_listed(images))]
+        rows = [_or_raise(result).embedding for result in self.embed_all(listed(images))]
         return np.stack(rows) if rows else np.zeros((0, getattr(self.model, "head_hidden_size", 0)), np.float32)
 
     def embed_all(self, images: Iterable[Picture]) -> Iterator[Result]:
@@ -203,7 +203,7 @@ class Classifier:
     def _load(self, image: Picture, thumbnail: int) -> tuple[Image.Image | None, Tensor | ImageError]:
         """In a worker thread: decode and prepare one picture."""
         try:
-            picture = read_image(_as_array(image) if isinstance(image, Tensor) else image)
+            picture = read_image(as_array(image) if isinstance(image, Tensor) else image)
         except ImageError as error:
             return None, error
         # The transform makes the short edge as long as the input: of a line of 1 x 10,000 that would be gigabytes.
@@ -251,7 +251,8 @@ def _build(name: str, checkpoint: str | None, labels: Sequence[str] | None) -> n
         raise ConnectionError(f"The weights of {name} cannot be fetched now: {reason}") from error
 
 
-def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
+def listed(images: Picture | Sequence[Picture]) -> list[Picture]:
+    """One picture or several, or a batch in one array or tensor, as a list."""
     many = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
     return list(images) if many else [images]
 
@@ -262,17 +263,20 @@ def _or_raise(result: Result) -> Result:
     return result
 
 
-def _as_array(image: Tensor) -> np.ndarray:
+def as_array(image: Tensor) -> np.ndarray:
+    """A tensor (C, H, W) or (H, W) as an array (H, W, C) or (H, W)."""
     image = image.detach().cpu()
     image = image.float() if image.is_floating_point() else image
     return (image.movedim(0, -1) if image.ndim == 3 else image).numpy()
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The first GPU, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _device(name: str | torch.device) -> torch.device:
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of that name, or a ValueError that says why it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

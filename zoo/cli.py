@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import timm
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -25,8 +27,12 @@ from typer.core import TyperGroup
 from zoo.catalogue import CATALOGUE, DEFAULT_MODEL
 from zoo.checkpoints import convert_checkpoint
 from zoo.classifier import Classifier, Result, check_name
+from zoo.compare import compare, draw
 from zoo.console import output_console
+from zoo.doctor import Diagnosis, diagnose
 from zoo.images import ImageError, find_images
+from zoo.measure import Dtype, Settings, split_name
+from zoo.plots import new_figure
 from zoo.sheet import LIMIT, THUMBNAIL, draw_sheet
 from zoo.stages import stage_table
 
@@ -135,7 +141,7 @@ def embed(
         save = _save_parquet if out.suffix == ".parquet" else _save_npy
         save(out, names, features)
         typer.echo(f"Wrote {features.shape[0]} vectors of {features.shape[1]} numbers to {out}")
-    _report(failed, len(done))
+    report_failures(failed, len(done))
 
 
 @app.command("list")
@@ -147,7 +153,7 @@ def list_models(
     if not entries:
         raise ValueError(f"No model of the zoo is called {pattern}: `zoo list` names them all.")
     if as_json:
-        _print_json([dataclasses.asdict(entry) for entry in entries])
+        print_json([dataclasses.asdict(entry) for entry in entries])
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("Model", "Family"):
@@ -175,7 +181,7 @@ def info(
     facts = dataclasses.asdict(CATALOGUE[name]) if name in CATALOGUE else {"name": name}
     rows = stage_table(timm.create_model(name), (size, size))
     if as_json:
-        _print_json({**facts, "size": size, "stages": [dataclasses.asdict(row) for row in rows]})
+        print_json({**facts, "size": size, "stages": [dataclasses.asdict(row) for row in rows]})
         return
     console = output_console()
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -189,6 +195,43 @@ def info(
     for row in rows:
         table.add_row(row.name, " x ".join(map(str, row.shape)), f"{row.params:,}", _short(row.macs))
     console.print(table)
+
+
+@app.command("compare")
+def compare_models(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Zoo or timm models.")],
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the pictures.")] = 224,
+    batch_size: Batch = 8,
+    device: Device = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Compute under autocast to bfloat16.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also draw the comparison: a .png file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare models: published accuracy, parameters, MACs, and the speed and memory measured here."""
+    _check_suffix(out, ".png")
+    if out:
+        new_figure(1, 1)  # what is missing is said before the work is done
+    for name in names:
+        check_name(split_name(name)[0])
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(size, batch_size, device, Dtype.bf16 if amp else Dtype.fp32, amp)
+    rows = compare(names, settings)
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        table = Table("Model", box=None, pad_edge=False)
+        for heading in ("Top-1", "Params", f"MACs at {size}", "Images/s", "", "Memory (MiB)"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            speed, memory = f"{row.images_per_second:.4g}", "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+            top1 = f"{row.top1:.1f}" if row.top1 else ""
+            counts = (_short(row.params), _short(row.macs))
+            table.add_row(Text(row.name), top1, *counts, speed, f"+-{row.spread:.0%}", memory)
+        output_console().print(table)
+    if out:
+        with replacing(out) as part:
+            draw(rows, settings, part)
+        typer.echo(f"Wrote {out}", err=as_json)
 
 
 @app.command()
@@ -205,6 +248,39 @@ def convert(
     typer.echo(f"Wrote {destination}: {report}")
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what is installed, what works, and what to install. Exit code 1 if something installed does not work."""
+    diagnosis = diagnose()
+    if as_json:
+        print_json(dataclasses.asdict(diagnosis))
+    else:
+        _print_diagnosis(diagnosis)
+    if diagnosis.problems:
+        raise typer.Exit(1)
+
+
+def _print_diagnosis(diagnosis: Diagnosis) -> None:
+    console = output_console()
+    toolkit, gpus = diagnosis.toolkit or "none", ", ".join(diagnosis.gpus) or "none"
+    torch_ops = sorted({re.sub("_(forward|backward).*", "", op) for op in diagnosis.torch_ops})
+    ops = {None: "no mmcv", "compiled": "compiled", "torch": f"PyTorch has {', '.join(torch_ops)}; no others"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("Python", f"{diagnosis.python}, {diagnosis.system}")
+    table.add_row("CUDA", f"{toolkit}, GPUs: {gpus}")
+    table.add_row("Triton", Text(diagnosis.triton))
+    table.add_row("mmcv.ops", ops[diagnosis.mmcv_ops])
+    console.print(table, "")
+    table = Table("Package", "Version", "For", box=None, pad_edge=False)
+    for package in diagnosis.packages:
+        table.add_row(package.name, package.version or "not installed", package.use)
+    console.print(table)
+    for use, command in diagnosis.advice.items():
+        typer.echo(f"\nFor {use}: {command}")
+    for problem in diagnosis.problems:
+        typer.echo(f"\nBroken: {problem}.")
+
+
 def _classify(
     classifier: Classifier,
     model: str,
@@ -219,14 +295,14 @@ def _classify(
     done = _collect(results, len(sources), failed)
     if as_json:
         found = [{"source": result.source, **dataclasses.asdict(result.prediction)} for result in done]
-        _print_json({"model": model, "results": found, "failed": [vars(error) for error in failed]})
+        print_json({"model": model, "results": found, "failed": [vars(error) for error in failed]})
     elif done:
         output_console().print(_table(done))
     if out and done:
-        with _replacing(out) as part:
+        with replacing(out) as part:
             draw_sheet(done, f"{model} · {classifier.model.num_classes:,} classes").save(part, "PNG")
         typer.echo(f"Wrote {out}", err=as_json)
-    _report(failed, len(done))
+    report_failures(failed, len(done))
 
 
 def _collect(results: Iterable[Result], total: int, failed: list[ImageError]) -> list[Result]:
@@ -241,7 +317,7 @@ def _collect(results: Iterable[Result], total: int, failed: list[ImageError]) ->
     return done
 
 
-def _report(failed: Sequence[ImageError], done: int) -> None:
+def report_failures(failed: Sequence[ImageError], done: int) -> None:
     """Say on stderr what failed and why, and end with the exit code that tells."""
     if failed:
         typer.echo(f"{len(failed)} of {len(failed) + done} failed:", err=True)
@@ -265,7 +341,8 @@ def _table(results: Sequence[Result]) -> Table:
     return table
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
+    """Print a document for other programs."""
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -285,7 +362,7 @@ def _check_suffix(path: Path | None, *suffixes: str) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A name to write to in the same folder, which takes the place of `path` when all is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -297,16 +374,16 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _save_npy(path: Path, names: Sequence[str], features: np.ndarray) -> None:
-    with _replacing(path.with_suffix(".json")) as part:
+    with replacing(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(names, indent=0, ensure_ascii=False), encoding="utf-8")
-    with _replacing(path) as part, part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         np.save(file, features)
 
 
 def _save_parquet(path: Path, names: Sequence[str], features: np.ndarray) -> None:
     pyarrow, parquet = _pyarrow()
     embedding = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), features.shape[1])
-    with _replacing(path) as part:
+    with replacing(path) as part:
         parquet.write_table(pyarrow.table({"path": names, "embedding": embedding}), part)
 
 
@@ -317,3 +394,6 @@ def _pyarrow() -> tuple[Any, Any]:
     except ImportError:
         raise ImportError("A .parquet file needs pyarrow: pip install 'linear-vision-zoo[export]'.") from None
     return pyarrow, parquet
+
+
+from zoo import dense_cli  # noqa: E402, F401 (adds `zoo detect` and `zoo segment`)

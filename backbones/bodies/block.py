@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from torch import Tensor, nn
 
 from zoo.backbones.layers.position import PositionTable
@@ -16,9 +16,10 @@ class Block(nn.Module):
 
     Args:
         dim: C.
-        mixer: (B, H, W, C) to the same. If it has a method ``readers``, that gives the layers that read its input.
+        mixer: (B, H, W, C) to the same. If it has a method ``readers``, that gives the layers that read its input, or
+            none if they read more than that.
+        mlp: the same; its first layer is called ``fc1``.
         norm: makes a norm over channels.
-        mlp_ratio: hidden channels of the feed-forward layer over channels.
         drop_path: rate of stochastic depth.
     """
 
@@ -26,8 +27,8 @@ class Block(nn.Module):
         self,
         dim: int,
         mixer: nn.Module,
+        mlp: nn.Module,
         norm: Callable[..., nn.Module],
-        mlp_ratio: float,
         drop_path: float,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -38,7 +39,7 @@ class Block(nn.Module):
         self.mixer = mixer
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = mlp
         self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +50,8 @@ class Block(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> "Block":
         """Merge RepBNs into the layers that read them, for ``timm.models.reparameterize_model``."""
-        if hasattr(self.mixer, "readers") and merge_into_readers(self.norm1, *self.mixer.readers()):
+        readers = self.mixer.readers() if hasattr(self.mixer, "readers") else []
+        if readers and merge_into_readers(self.norm1, *readers):
             self.norm1 = nn.Identity()
         if merge_into_readers(self.norm2, self.mlp.fc1):
             self.norm2 = nn.Identity()

@@ -4,12 +4,11 @@ import re
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from zoo.backbones.bodies.deit import DeiT
-from zoo.backbones.layers.position import PositionTable
+from zoo.backbones.layers.position import resize_tables
 from zoo.backbones.layers.prepbn import PRepBN, RepBN
 
 
@@ -59,8 +58,7 @@ _CONSTANTS = ("relative_position_index", "attn_mask", "warm", "attns.0.scale")
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint in our names, one in our names as it is; tables are resized to those of the model."""
     theirs = "stem.conv.weight" not in state_dict and not (isinstance(model, DeiT) and _is_ours(state_dict))
-    state = _renamed(state_dict, model) if theirs else dict(state_dict)
-    return _resized(state, model)
+    return _resized(_renamed(state_dict, model) if theirs else state_dict, model)
 
 
 def _is_ours(state_dict: dict[str, Tensor]) -> bool:
@@ -110,16 +108,13 @@ def _fill_progressive(state: dict[str, Tensor], name: str, module: PRepBN) -> No
 
 def _resized(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tables of positions at the size that the model's have."""
+    state = resize_tables(state, model)
     for name, module in model.named_modules():
-        key = f"{name}.table"
-        if isinstance(module, PositionTable) and key in state and state[key].shape != module.table.shape:
-            grid = module.table.shape[1:3]
-            table = F.interpolate(state[key].float().permute(0, 3, 1, 2), grid, mode=module.mode, align_corners=False)
-            state[key] = table.permute(0, 2, 3, 1).to(state[key].dtype)
         key = f"{name}.relative_position_bias_table"
         if key in state and state[key].shape != module.relative_position_bias_table.shape:
             shape, side = module.relative_position_bias_table.shape, module.window_size
-            state[key] = resize_rel_pos_bias_table(state[key], (side, side), shape)
+            table = resize_rel_pos_bias_table_simple(state[key].float(), (side, side), shape)  # bicubic, as theirs
+            state[key] = table.to(state[key].dtype)
     if isinstance(model, DeiT) and "pos_embed" in state and state["pos_embed"].shape != model.pos_embed.shape:
         state["pos_embed"] = resample_abs_pos_embed(
             state["pos_embed"], model.patch_embed.grid_size, num_prefix_tokens=model.num_prefix_tokens

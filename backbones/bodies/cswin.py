@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates
+from timm.layers import Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from zoo.backbones.bodies.block import Block, ConvEmbed, grid_of, init_linear
@@ -152,19 +152,20 @@ class CSwin(Backbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         norms = norm_layer(norm, 1e-5)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, depth in enumerate(depths):
+        for i, stage_rates in enumerate(rates):
             width, grid, kind = dim << i, grid_of(img_size, 4 << i), attention[i]
             blocks = []
-            for rate in rates[sum(depths[:i]) :][:depth]:
+            for rate in stage_rates:
                 if kind == "stripe":
                     mixer = StripeAttention(width, num_heads[i], stripe, **dd)
                 elif kind == "global":
                     mixer = GlobalAttention(width, num_heads[i], **dd)
                 else:
                     mixer = self.mixers[kind](width, num_heads[i], grid, **dd)
-                blocks.append(self.block_types.get(kind, Block)(width, mixer, norms, mlp_ratio, rate, **dd))
+                mlp = Mlp(width, int(width * mlp_ratio), **dd)
+                blocks.append(self.block_types.get(kind, Block)(width, mixer, mlp, norms, rate, **dd))
             merge = ConvEmbed(width // 2, width, 3, 2, 1, norms, **dd) if i else None
             stages.append(Stage(width, blocks, merge))
         features = dim << (len(depths) - 1)

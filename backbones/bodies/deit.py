@@ -163,6 +163,10 @@ class DeiT(VisionTransformer):
         ]
         self.init_weights(needs_reset=False)
 
+    def _patches(self, x: Tensor) -> Tensor:
+        """Pictures to patches (B, H, W, C), which also lie so in memory, as all layers after this want them."""
+        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+
     def _pos_embed(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to tokens with positions; timm's own, in a file where its tracer finds the function."""
         height, width = x.shape[1], x.shape[2]
@@ -184,7 +188,7 @@ class DeiT(VisionTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures (B, in_chans, H, W) to normed tokens (B, N, C), the class token first."""
-        x = self.patch_embed(x)
+        x = self._patches(x)
         height, width = x.shape[1], x.shape[2]
         return self.norm(self._run_blocks(self._pos_embed(x), height, width))
 
@@ -223,7 +227,7 @@ class DeiT(VisionTransformer):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'.")
         take, last = feature_take_indices(len(self.blocks), indices)
-        x = self.patch_embed(x)
+        x = self._patches(x)
         B, height, width, C = x.shape
         x = self._pos_embed(x)
         features = []

@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates
+from timm.layers import Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from zoo.backbones.bodies.block import Block, ConvEmbed, grid_of, init_linear
 from zoo.backbones.layers.prepbn import merge_into_writer, norm_layer
 from zoo.backbones.model import Backbone, Stage
+
+DEPTHS = {"tiny": (2, 2, 2, 2), "small": (3, 4, 6, 3), "medium": (3, 4, 18, 3), "large": (3, 8, 27, 3)}
 
 
 class ReducedAttention(nn.Module):
@@ -130,17 +132,17 @@ class PVT(Backbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         norms = norm_layer(norm, 1e-6)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         embeds, stages = [], []
-        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+        for i, (dim, stage_rates) in enumerate(zip(dims, rates, strict=True)):
             grid, ratio, patch = grid_of(img_size, 4 << i), (8, 4, 2, 1)[i], 2 if i else 4
             blocks = []
-            for rate in rates[sum(depths[:i]) :][:depth]:
+            for rate in stage_rates:
                 if attention[i] == "softmax":
                     mixer = ReducedAttention(dim, num_heads[i], ratio, norms, **dd)
                 else:
                     mixer = self.mixers[attention[i]](dim, num_heads[i], grid, **dd)
-                blocks.append(Block(dim, mixer, norms, mlp_ratios[i], rate, **dd))
+                blocks.append(Block(dim, mixer, Mlp(dim, int(dim * mlp_ratios[i]), **dd), norms, rate, **dd))
             embeds.append(
                 ConvEmbed(dims[i - 1] if i else in_chans, dim, patch, patch, 0, norm_layer(norm, 1e-5), grid, **dd)
             )

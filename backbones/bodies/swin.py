@@ -8,12 +8,15 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, register_notrace_module
+from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.backbones.bodies.block import Block, ConvEmbed, grid_of, init_linear
 from zoo.backbones.layers.prepbn import merge_into_readers, norm_layer
 from zoo.backbones.model import Backbone, Stage
+
+SMALL = {"depths": (2, 2, 18, 2)}
+BASE = {**SMALL, "dim": 128, "num_heads": (4, 8, 16, 32)}
 
 
 @register_notrace_module  # the number of windows decides on the shift
@@ -21,13 +24,14 @@ class WindowAttention(nn.Module):
     """Softmax attention with relative positions in windows, which may be shifted by half: (B, H, W, C) to the same.
 
     Queries, keys and values of maps that are no multiple of the window are padded with zeros, which take part. A map
-    that is not larger than the window is not shifted.
+    that is not larger than the window is not shifted. In detectors the map itself is padded, and always shifted.
 
     Args:
         dim: C.
         num_heads: heads.
         window_size: tokens of a window, along each side.
         shifted: shift the windows.
+        dense: as in detectors.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class WindowAttention(nn.Module):
         num_heads: int,
         window_size: int,
         shifted: bool,
+        dense: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,6 +49,7 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.window_size = window_size
+        self.dense = dense
         self.shift = window_size // 2 if shifted else 0
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads, **dd))
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
@@ -55,20 +61,23 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def readers(self) -> list[nn.Module]:
-        """The layers that read the input."""
-        return [self.qkv]
+        """The layers that read the input and nothing else."""
+        return [] if self.dense else [self.qkv]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         B, H, W, C = x.shape
         side, heads = self.window_size, self.num_heads
         rows, columns = (H + side - 1) // side, (W + side - 1) // side
-        qkv = F.pad(self.qkv(x), (0, 0, 0, columns * side - W, 0, rows * side - H))
+        more = (0, 0, 0, columns * side - W, 0, rows * side - H)
+        qkv = self.qkv(F.pad(x, more)) if self.dense else F.pad(self.qkv(x), more)
         bias = self.bias().unsqueeze(0)  # (1, heads, L, L) with the L tokens of a window
         batch, groups = B * rows * columns, heads
         down, right = 0, 0
         if self.shift:
-            down, right = self.shift * (1 - 1 // rows), self.shift * (1 - 1 // columns)  # 0 for a single window
+            down, right = self.shift, self.shift
+            if not self.dense:  # 0 for a single window
+                down, right = self.shift * (1 - 1 // rows), self.shift * (1 - 1 // columns)
             qkv = qkv.roll((-down, -right), (1, 2))
             bias = bias + self.mask(rows, columns, down, right, bias)  # (windows, heads, L, L)
             bias = bias.flatten(0, 1).unsqueeze(0)
@@ -149,12 +158,15 @@ class Swin(Backbone):
         mlp_ratio: hidden channels of the feed-forward layers over channels.
         attention: for each stage a key of ``mixers`` or "softmax", or one for each of its blocks.
         norm: "layernorm", "repbn" or "prepbn".
+        dense: mixers as in the authors' detectors, where those differ.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth, from 0 at the first block to this at the last.
     """
 
     # Each is called with (dim, num_heads, grid, device=, dtype=).
     mixers: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {}
+    # The same with whether the block has an odd number after the grid.
+    dense_mixers: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {}
 
     def __init__(
         self,
@@ -169,6 +181,7 @@ class Swin(Backbone):
         mlp_ratio: float = 4.0,
         attention: Sequence[str | Sequence[str]] = ("softmax", "softmax", "softmax", "softmax"),
         norm: str = "layernorm",
+        dense: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: torch.device | None = None,
@@ -176,18 +189,20 @@ class Swin(Backbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         norms = norm_layer(norm, 1e-5)
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, depth in enumerate(depths):
+        for i, stage_rates in enumerate(rates):
             width, grid = dim << i, grid_of(img_size, 4 << i)
-            kinds = (attention[i],) * depth if isinstance(attention[i], str) else attention[i]
+            kinds = (attention[i],) * len(stage_rates) if isinstance(attention[i], str) else attention[i]
             blocks = []
-            for j, (kind, rate) in enumerate(zip(kinds, rates[sum(depths[:i]) :][:depth], strict=True)):
+            for j, (kind, rate) in enumerate(zip(kinds, stage_rates, strict=True)):
                 if kind == "softmax":
-                    mixer = WindowAttention(width, num_heads[i], window_size, bool(j % 2), **dd)
+                    mixer = WindowAttention(width, num_heads[i], window_size, bool(j % 2), dense, **dd)
+                elif dense and kind in self.dense_mixers:
+                    mixer = self.dense_mixers[kind](width, num_heads[i], grid, bool(j % 2), **dd)
                 else:
                     mixer = self.mixers[kind](width, num_heads[i], grid, **dd)
-                blocks.append(Block(width, mixer, norms, mlp_ratio, rate, **dd))
+                blocks.append(Block(width, mixer, Mlp(width, int(width * mlp_ratio), **dd), norms, rate, **dd))
             stages.append(Stage(width, blocks, PatchMerging(width // 2, norms, **dd) if i else None))
         features = dim << (len(depths) - 1)
         stem = ConvEmbed(in_chans, dim, 4, 4, 0, norms, **dd)

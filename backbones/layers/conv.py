@@ -18,6 +18,7 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: distance between taps.
         residual: add the input to the result.
         bias: add a learned bias.
+        activation: after all that: "none", "gelu" or "silu".
     """
 
     def __init__(
@@ -27,16 +28,18 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: int = 1,
         residual: bool = False,
         bias: bool = True,
+        activation: str = "none",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         padding = dilation * (kernel_size // 2)
         super().__init__(dim, dim, kernel_size, 1, padding, dilation, groups=dim, bias=bias, device=device, dtype=dtype)
         self.residual = residual
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
-        return depthwise_conv2d(x, self.weight, self.bias, 1, self.dilation[0], self.residual)
+        return depthwise_conv2d(x, self.weight, self.bias, 1, self.dilation[0], self.residual, self.activation)
 
 
 class ConvNorm(nn.Module):

@@ -36,6 +36,21 @@ class PositionTable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same."""
         # float32: half precision has no interpolation on a CPU. No branch for the own size: graphs are for every size.
-        table = self.table.float().permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=(x.shape[1], x.shape[2]), mode=self.mode, align_corners=False)
-        return x + table.permute(0, 2, 3, 1).to(x.dtype)
+        return x + _resized(self.table, x.shape[1], x.shape[2], self.mode).to(x.dtype)
+
+
+def _resized(table: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """(1, H, W, C) to (1, height, width, C) in float32."""
+    table = F.interpolate(table.float().permute(0, 3, 1, 2), size=(height, width), mode=mode, align_corners=False)
+    return table.permute(0, 2, 3, 1)
+
+
+def resize_tables(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint with every ``PositionTable`` at the size that the model's has, so that it loads strictly."""
+    tables = {f"{name}.table": module for name, module in model.named_modules() if isinstance(module, PositionTable)}
+    resized = {
+        key: _resized(state_dict[key], *module.table.shape[1:3], module.mode).to(state_dict[key].dtype)
+        for key, module in tables.items()
+        if key in state_dict and state_dict[key].shape != module.table.shape
+    }
+    return {**state_dict, **resized}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from timm.layers import LayerNorm, LayerNormFp32
 from torch import Tensor, nn
 
 
@@ -138,9 +139,13 @@ def set_prep_progress(model: nn.Module, step: int, total: int) -> None:
         raise ValueError("The model has no PRepBN: make it with norm='prepbn', or call replace_layer_norms first.")
     if step < 0 or total < 1:
         raise ValueError(f"step is {step} of {total}, expected step >= 0 and total >= 1.")
-    progress = torch.tensor([min(step, total), total])
+    progress = torch.tensor([min(step, total), total], device=layers[0].progress.device)  # to a GPU once, not for each
     for layer in layers:
         layer.progress.copy_(progress)
+
+
+# No other subclasses: some of timm's norm the channels of (B, C, H, W), or have an activation in them.
+_LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 
 
 def replace_layer_norms(model: nn.Module) -> nn.Module:
@@ -162,7 +167,7 @@ def replace_layer_norms(model: nn.Module) -> nn.Module:
         for parent in model.modules()
         if not isinstance(parent, PRepBN)
         for name, child in parent.named_children()
-        if isinstance(child, nn.LayerNorm) and len(child.normalized_shape) == 1
+        if type(child) in _LAYER_NORMS and len(child.normalized_shape) == 1
     ]
     if not places:
         raise ValueError(f"{type(model).__name__} has no layer norm over one dimension to replace.")

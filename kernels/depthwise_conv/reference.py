@@ -1,17 +1,33 @@
 """The definition of the depthwise convolution, tap by tap."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.library import accumulation_dtype
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "gelu": F.gelu, "silu": F.silu}
+
 
 def depthwise_conv2d_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, dilation: int = 1, residual: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    residual: bool = False,
+    activation: str = "none",
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """``y[b, i, j, c] = bias[c] + sum over u, v of weight[c, 0, u, v] * x[b, s i + d (u - r), s j + d (v - r), c]``.
+    """The convolution, then bias, residual, activation and gate, in this order.
 
-    r is half the kernel size, rounded down; outside the map x is zero; with ``residual`` x[b, i, j, c] is added.
+    1. ``y[b, i, j, c] = sum over u, v of weight[c, 0, u, v] * x[b, s i + d (u - r), s j + d (v - r), c]``, where r is
+       half the kernel size, rounded down, and x is zero outside the map;
+    2. ``y += bias[c]``;
+    3. with ``residual`` ``y += x[b, i, j, c]``;
+    4. ``y = activation(y)``;
+    5. with a gate ``y *= gate[b, i, j, c]``.
 
     Args:
         x: (B, H, W, C).
@@ -20,6 +36,8 @@ def depthwise_conv2d_reference(
         stride: s.
         dilation: d.
         residual: add the input, for stride 1.
+        activation: "none", "gelu" (with the error function) or "silu".
+        gate: (B, ceil(H / s), ceil(W / s), C).
 
     Returns:
         (B, ceil(H / s), ceil(W / s), C) in the dtype of x.
@@ -39,4 +57,7 @@ def depthwise_conv2d_reference(
         y = y + bias.to(dtype)
     if residual:
         y = y + x.to(dtype)
+    y = ACTIVATIONS[activation](y)
+    if gate is not None:
+        y = y * gate.to(dtype)
     return y.to(x.dtype)

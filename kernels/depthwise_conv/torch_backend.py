@@ -4,10 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels.depthwise_conv.reference import ACTIVATIONS
+from zoo.kernels.library import accumulation_dtype
+
 aten = torch.ops.aten
+_SLOPES = {"none": lambda grad, _: grad, "gelu": aten.gelu_backward, "silu": aten.silu_backward}
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, residual: bool) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    residual: bool,
+    activation: str = "none",
+    gate: Tensor | None = None,
+) -> Tensor:
     """As ``depthwise_conv2d``."""
     bias = bias if bias is None else bias.to(x.dtype)
     phased = _Phases(x, dilation) if stride == 1 else None
@@ -15,13 +28,35 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilatio
         y = phased.join(_convolve(phased.split(x), weight.to(x.dtype), bias, 1, 1))
     else:
         y = _convolve(x, weight.to(x.dtype), bias, stride, dilation)
-    return y.add_(x) if residual else y
+    y = ACTIVATIONS[activation](y.add_(x) if residual else y)
+    return y if gate is None else y.mul_(gate)
+
+
+def epilogue_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    residual: bool,
+    activation: str,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what enters the activation, computed again, and of the gate; the latter is empty without a gate."""
+    dtype = accumulation_dtype(x.dtype)
+    total, grad = forward(x, weight, bias, stride, dilation, residual).to(dtype), grad.to(dtype)
+    grad_gate = x.new_empty(0)
+    if gate is not None:
+        grad_gate = (ACTIVATIONS[activation](total) * grad).to(gate.dtype).contiguous()
+        grad = grad * gate
+    return _SLOPES[activation](grad, total).to(x.dtype, memory_format=torch.contiguous_format, copy=True), grad_gate
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: int, dilation: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the last is empty without a bias."""
+    """Gradients of x, weight and bias of the convolution alone; the last is empty without a bias."""
     phased = _Phases(x, dilation) if stride == 1 else None
     inputs = (phased.split(grad), phased.split(x), 1, 1) if phased else (grad, x, stride, dilation)
     grad_x, grad_weight = _convolve_backward(*inputs[:2], weight.to(x.dtype), *inputs[2:])

@@ -1,166 +1,495 @@
 """The depthwise convolution in Triton, on channels-last memory.
 
-A program makes ``ROWS`` rows of ``COLUMNS`` columns of ``CHANNELS`` channels of the result. All taps and the sums of
-all rows stay in registers: an input row is loaded (and converted) once for each horizontal tap and serves every output
-row that it reaches, a few multiplications per load. With a dilation d the rows of a program are d apart, which makes
-their inputs d apart as well. The gradient of the input is the same kernel with the taps turned around.
+The work is bound by instructions long before it is bound by memory: a 7x7 convolution multiplies 49 times for 4 bytes
+of traffic in bfloat16. So every loaded (and converted) number has to serve many multiplications, in both directions:
+
+- A lane holds a few channels and makes ``SPAN`` neighbouring columns of a row, from ``SPAN + K - 1`` loaded columns.
+- Up to 7x7 (``_conv``) it keeps all taps in registers and goes down a strip of ``rows`` rows with a window of K rows of
+  sums: an input row is loaded once, adds to all rows of the window, and completes the oldest of them. The next row is
+  loaded before the arithmetic of this one, which hides the way to memory. Rows above and below the map are left out.
+- For 11x11 and 21x21 (``_conv_large``) the 121 or 441 taps of a channel do not fit into registers, nor K rows of sums.
+  A lane makes ``ROWS x SPAN`` results. For each input row it loads one row of K taps per row of results: a tap serves
+  SPAN multiplications, an input ROWS times K of them. The same taps come back with the next input row, from the L1
+  cache: ROWS K CHANNELS float32 numbers, 22 KB for 21x21. They lie one after another for each block of channels, with
+  ROWS - 1 rows of zeros above and below, so that no load needs a mask or any arithmetic for its address.
+- The gradient of the weight (``_conv_weight``) keeps the sums of ``TAPS x TAPS`` taps in registers (all up to 7x7)
+  and a window of as many rows of the gradient, while it goes down the rows of the input.
+
+With a dilation d, the rows and the columns of a lane are d apart, which makes their inputs d apart as well. The
+gradient of the input is the convolution with the taps turned around; with a stride of 2 it sees the gradient spread
+out, with zeros between (``SPREAD``). No argument that depends on the size of the map is specialised or a constant: a
+new resolution does not compile again.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTS = 1056  # programs of the weight gradient: 8 for each of the 132 multiprocessors of a large GPU
+PROGRAMS = 1056  # at least as many, if the rows allow: 8 for each of the 132 multiprocessors of a large GPU
+PARTS = 528  # programs of the weight gradient; each writes its sums
+REGISTER_SIZE = 7  # the taps of a larger kernel do not fit into registers
+
+_SIZES = ("b_x", "h_x", "w_x", "b_gate", "h_gate", "w_gate", "b_grad", "h_grad", "w_grad", "H", "W", "out_h", "out_w",
+          "rows", "tiles")  # fmt: skip
+
+
+def _kernel(function):
+    """Compile a kernel without a look at the values of its sizes: they differ from picture to picture."""
+    return triton.jit(function, do_not_specialize=[name for name in _SIZES if name in function.__code__.co_varnames])
 
 
 @triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        return x * tl.sigmoid(x)
+    else:
+        return x
+
+
+@triton.jit
+def _slope(x, ACTIVATION: tl.constexpr):
+    """The derivative of the activation."""
+    if ACTIVATION == "gelu":
+        return 0.5 * (1 + tl.math.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        return s * (1 + x * (1 - s))
+    else:
+        return x * 0 + 1.0
+
+
+@triton.jit
+def _first(lane, count, DILATION: tl.constexpr):
+    """The first of the ``count`` positions, DILATION apart, that fall to a lane."""
+    return lane // DILATION * (count * DILATION) + lane % DILATION
+
+
+@triton.jit
+def _row(x, row, j, h, w, H, W, in_c, COUNT: tl.constexpr, DILATION: tl.constexpr, SPREAD: tl.constexpr):
+    """COUNT columns of a row from j on, DILATION apart; zeros outside the map, and between spread tokens."""
+    in_row = (row >= 0) & (row < H) & (row % SPREAD == 0)
+    x += (row // SPREAD).to(tl.int64) * h
+    values = ()
+    for q in tl.static_range(COUNT):
+        column = j + q * DILATION
+        valid = in_row & (column >= 0) & (column < W) & (column % SPREAD == 0)
+        place = x + (column // SPREAD)[:, None] * w
+        values = values + (tl.load(place, mask=valid[:, None] & in_c[None, :], other=0.0),)
+    return values
+
+
+@triton.jit
+def _put(
+    total, y, gate, grad, d_gate, row, j, h_gate, w_gate, h_grad, w_grad, out_w, C, valid,
+    ACTIVATION: tl.constexpr, GATE: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """y = activation(total) * gate; backward the gradients of total, into y, and of the gate."""
+    place = row.to(tl.int64) * out_w * C + j[:, None] * C
+    if GATE:
+        factor = tl.load(gate + row.to(tl.int64) * h_gate + j[:, None] * w_gate, mask=valid, other=0.0).to(tl.float32)
+    if BACKWARD:
+        result = tl.load(grad + row.to(tl.int64) * h_grad + j[:, None] * w_grad, mask=valid, other=0.0).to(tl.float32)
+        if GATE:
+            d_factor = result * _activate(total, ACTIVATION)
+            tl.store(d_gate + place, d_factor.to(d_gate.dtype.element_ty), mask=valid)
+            result *= factor
+        result *= _slope(total, ACTIVATION)
+    else:
+        result = _activate(total, ACTIVATION)
+        if GATE:
+            result *= factor
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=valid)
+
+
+@_kernel
 def _conv(
-    x, weight, bias, y, x_b, x_h, x_w, H, W, C, out_h, out_w,
-    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, taps, bias, gate, grad, y, d_gate, b_x, h_x, w_x, b_gate, h_gate, w_gate, b_grad, h_grad, w_grad,
+    H, W, C, out_h, out_w, rows,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, SPREAD: tl.constexpr, ALIGN: tl.constexpr,
+    FLIP: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATE: tl.constexpr, BACKWARD: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y = convolution of x; weight is (K K, C) in float32."""
-    pid, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    blocks_c, blocks_w = tl.cdiv(C, CHANNELS), tl.cdiv(out_w, COLUMNS)
-    c = (pid % blocks_c) * CHANNELS + tl.arange(0, CHANNELS)
-    j = (pid // blocks_c % blocks_w) * COLUMNS + tl.arange(0, COLUMNS)
-    band = pid // (blocks_c * blocks_w)  # of ROWS rows that are DILATION apart
-    i0 = band // DILATION * (ROWS * DILATION) + band % DILATION
+    """Up to 7x7; taps is (K K, C) in float32, and a step of the loop reads STRIDE rows of x."""
+    WINDOW: tl.constexpr = (K + STRIDE - 1) // STRIDE  # rows of the result that a step adds to
+    WIDTH: tl.constexpr = STRIDE * (SPAN - 1) + K
+    h_x, w_x = h_x * ALIGN, w_x * ALIGN
+    blocks_c = tl.cdiv(C, CHANNELS)
+    blocks_w = tl.cdiv(tl.cdiv(out_w, SPAN * DILATION) * DILATION, COLUMNS)
+    bands = tl.cdiv(out_h, rows * DILATION) * DILATION
+    pid = tl.program_id(0)
+    c = pid % blocks_c * CHANNELS + tl.arange(0, CHANNELS)
+    j = _first(pid // blocks_c % blocks_w * COLUMNS + tl.arange(0, COLUMNS), SPAN, DILATION)
+    i = _first(pid // (blocks_c * blocks_w) % bands, rows, DILATION)
+    b = (pid // (blocks_c * blocks_w * bands)).to(tl.int64)
     in_c = c < C
-    taps = ()
-    for t in tl.static_range(K * K):
-        tap = tl.load(weight + t * C + c, mask=in_c, other=0.0)
-        taps = taps + (tap + 1.0 if RESIDUAL and t == K * K // 2 else tap,)
-    first = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-    if BIAS:
-        first += tl.load(bias + c, mask=in_c, other=0.0)[None, :]
-    sums = ()
-    for _ in tl.static_range(ROWS):
-        sums = sums + (first,)
-    x += b * x_b + c[None, :]
-    for r in tl.static_range(STRIDE * (ROWS - 1) + K):
-        row = i0 * STRIDE + (r - K // 2) * DILATION
-        in_row = (row >= 0) & (row < H)
-        for v in tl.static_range(K):
-            column = j * STRIDE + (v - K // 2) * DILATION
-            valid = (in_row & (column >= 0) & (column < W))[:, None] & in_c[None, :]
-            values = tl.load(x + row.to(tl.int64) * x_h + column[:, None] * x_w, mask=valid, other=0.0).to(tl.float32)
-            updated = ()
-            for i in tl.static_range(ROWS):
-                if r - STRIDE * i >= 0 and r - STRIDE * i < K:
-                    updated = updated + (sums[i] + values * taps[(r - STRIDE * i) * K + v][None, :],)
-                else:
-                    updated = updated + (sums[i],)
-            sums = updated
-    for i in tl.static_range(ROWS):
-        row = i0 + i * DILATION
-        target = y + ((b * out_h + row) * out_w + j[:, None]) * C + c[None, :]
-        tl.store(target, sums[i].to(y.dtype.element_ty), mask=((row < out_h) & (j < out_w))[:, None] & in_c[None, :])
-
-
-@triton.jit
-def _conv_weight(
-    grad, x, part, g_b, g_h, g_w, x_b, x_h, x_w, tiles, H, W, C,
-    K: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """part[p] = gradients of the K K taps and of the bias, summed over every tile that falls to program p; stride 1."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    in_c = c < C
-    blocks_w, bands = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS * DILATION) * DILATION
     zero = tl.zeros((COLUMNS, CHANNELS), tl.float32)
-    taps = ()
-    for _ in tl.static_range(K * K + 1):
-        taps = taps + (zero,)
-    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        j = tile % blocks_w * COLUMNS + tl.arange(0, COLUMNS)
-        band = tile // blocks_w % bands
-        b = (tile // (blocks_w * bands)).to(tl.int64)
-        i0 = band // DILATION * (ROWS * DILATION) + band % DILATION
-        in_w = (j < W)[:, None] & in_c[None, :]
-        grads = ()
-        total = taps[K * K]
-        for i in tl.static_range(ROWS):
-            row = i0 + i * DILATION
-            place = grad + b * g_b + row.to(tl.int64) * g_h + j[:, None] * g_w + c[None, :]
-            g = tl.load(place, mask=in_w & (row < H), other=0.0).to(tl.float32)
-            grads = grads + (g,)
-            total += g
+    every = tl.zeros((COLUMNS, 1), tl.int32) + c[None, :]  # the layout of x: no exchange between threads
+    weights = ()
+    for t in tl.static_range(K * K):
+        tap = tl.load(taps + (K * K - 1 - t if FLIP else t) * C + every, mask=every < C, other=0.0)
+        weights = weights + (tap + 1.0 if RESIDUAL and t == K * K // 2 else tap,)
+    shift = zero
+    if BIAS:
+        shift = tl.load(bias + every, mask=every < C, other=0.0).to(tl.float32)
+    x += b * (b_x * ALIGN) + c[None, :]
+    gate += b * (b_gate * ALIGN) + c[None, :]
+    grad += b * (b_grad * ALIGN) + c[None, :]
+    y += b * out_h * out_w * C + c[None, :]
+    d_gate += b * out_h * out_w * C + c[None, :]
+    h_gate, w_gate = h_gate * ALIGN, w_gate * ALIGN
+    h_grad, w_grad = h_grad * ALIGN, w_grad * ALIGN
+
+    # Steps that read at least one row of the map. Before and after them x is zero.
+    start = tl.maximum((K // 2 - STRIDE * i // DILATION) // STRIDE, 0)
+    stop = tl.minimum(rows + WINDOW - 1, (K // 2 + (H - 1 - STRIDE * i) // DILATION) // STRIDE + 1)
+    top = STRIDE * i - K // 2 * DILATION
+    left = STRIDE * j - K // 2 * DILATION
+    ahead = ()
+    for e in tl.static_range(STRIDE):
+        first = top + (STRIDE * start + e) * DILATION
+        ahead = ahead + _row(x, first, left, h_x, w_x, H, W, in_c, WIDTH, DILATION, SPREAD)
+    window = ()  # row a of it belongs to row ``step - a`` of the strip
+    for _ in tl.static_range((WINDOW - 1) * SPAN):
+        window = window + (zero,)
+    for step in range(start, stop):
+        values = ahead
+        ahead = ()
+        for e in tl.static_range(STRIDE):
+            row = top + (STRIDE * (step + 1) + e) * DILATION
+            ahead = ahead + _row(x, row, left, h_x, w_x, H, W, in_c, WIDTH, DILATION, SPREAD)
+        sums = ()
+        for _ in tl.static_range(SPAN):
+            sums = sums + (zero,)
+        sums = sums + window
+        for t in tl.static_range(STRIDE * K):
+            updated = ()
+            for s in tl.static_range(WINDOW * SPAN):
+                if s // SPAN * STRIDE + t // K < K:
+                    value = values[t // K * WIDTH + s % SPAN * STRIDE + t % K].to(tl.float32)
+                    updated = updated + (sums[s] + value * weights[(s // SPAN * STRIDE + t // K) * K + t % K],)
+                else:
+                    updated = updated + (sums[s],)
+            sums = updated
+        done = step - (WINDOW - 1)
+        row = i + done * DILATION
+        for p in tl.static_range(SPAN):
+            column = j + p * DILATION
+            valid = ((done >= 0) & (done < rows) & (row < out_h) & (column < out_w))[:, None] & in_c[None, :]
+            _put(sums[(WINDOW - 1) * SPAN + p] + shift, y, gate, grad, d_gate, row, column,
+                 h_gate, w_gate, h_grad, w_grad, out_w, C, valid, ACTIVATION, GATE, BACKWARD)  # fmt: skip
+        window = ()
+        for s in tl.static_range((WINDOW - 1) * SPAN):
+            window = window + (sums[s],)
+    # What the rows below the map would have completed.
+    for s in tl.static_range((WINDOW - 1) * SPAN):
+        if s // SPAN >= WINDOW - 1 - (K // 2 + STRIDE - 1) // STRIDE:
+            done = stop - 1 - s // SPAN
+            row = i + done * DILATION
+            column = j + s % SPAN * DILATION
+            valid = ((done >= 0) & (done < rows) & (row < out_h) & (column < out_w))[:, None] & in_c[None, :]
+            _put(window[s] + shift, y, gate, grad, d_gate, row, column,
+                 h_gate, w_gate, h_grad, w_grad, out_w, C, valid, ACTIVATION, GATE, BACKWARD)  # fmt: skip
+
+
+@_kernel
+def _conv_large(
+    x, taps, bias, gate, grad, y, d_gate, b_x, h_x, w_x, b_gate, h_gate, w_gate, b_grad, h_grad, w_grad,
+    H, W, C, out_h, out_w,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, SPREAD: tl.constexpr, ALIGN: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATE: tl.constexpr, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Above 7x7; taps is (blocks of channels, above + K + above, K, CHANNELS) in float32, zeros above and below."""
+    WIDTH: tl.constexpr = STRIDE * (SPAN - 1) + K
+    ABOVE: tl.constexpr = STRIDE * (ROWS - 1)
+    h_x, w_x = h_x * ALIGN, w_x * ALIGN
+    blocks_w = tl.cdiv(tl.cdiv(out_w, SPAN * DILATION) * DILATION, COLUMNS)
+    bands = tl.cdiv(out_h, ROWS * DILATION) * DILATION
+    blocks_c = tl.cdiv(C, CHANNELS)
+    pid = tl.program_id(0)
+    others = tl.num_programs(0) // blocks_c
+    block = pid // others  # programs side by side share the taps in the cache
+    c = block * CHANNELS + tl.arange(0, CHANNELS)
+    j = _first(pid % blocks_w * COLUMNS + tl.arange(0, COLUMNS), SPAN, DILATION)
+    i = _first(pid // blocks_w % bands, ROWS, DILATION)
+    b = (pid % others // (blocks_w * bands)).to(tl.int64)
+    in_c = c < C
+    x += b * (b_x * ALIGN) + c[None, :]
+    gate += b * (b_gate * ALIGN) + c[None, :]
+    grad += b * (b_grad * ALIGN) + c[None, :]
+    y += b * out_h * out_w * C + c[None, :]
+    d_gate += b * out_h * out_w * C + c[None, :]
+    h_gate, w_gate = h_gate * ALIGN, w_gate * ALIGN
+    h_grad, w_grad = h_grad * ALIGN, w_grad * ALIGN
+    zero = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    every = tl.zeros((COLUMNS, 1), tl.int32) + c[None, :]  # the layout of x: no exchange between threads
+    taps += block * ((ABOVE + K + ABOVE) * K * CHANNELS - CHANNELS) + every
+    shift = zero
+    if BIAS:
+        shift = tl.load(bias + every, mask=every < C, other=0.0).to(tl.float32)
+
+    start = tl.maximum(K // 2 - STRIDE * i // DILATION, 0)  # the first row of the window that lies in the map
+    stop = tl.minimum(ABOVE + K, K // 2 + (H - 1 - STRIDE * i) // DILATION + 1)
+    top = STRIDE * i - K // 2 * DILATION
+    left = STRIDE * j - K // 2 * DILATION
+    sums = ()
+    for _ in tl.static_range(ROWS * SPAN):
+        sums = sums + (zero,)
+    for m in range(start, stop):
+        values = _row(x, top + m * DILATION, left, h_x, w_x, H, W, in_c, WIDTH, DILATION, SPREAD)
         updated = ()
-        for t in tl.static_range(K * K):
-            updated = updated + (taps[t],)
-        for r in tl.static_range(ROWS - 1 + K):
-            row = i0 + (r - K // 2) * DILATION
-            in_row = (row >= 0) & (row < H)
+        for s in tl.static_range(ROWS):
+            part = ()
+            for p in tl.static_range(SPAN):
+                part = part + (sums[s * SPAN + p],)
+            row_of_taps = taps + (m + (ABOVE - STRIDE * s)) * (K * CHANNELS)
             for v in tl.static_range(K):
-                column = j + (v - K // 2) * DILATION
-                valid = (in_row & (column >= 0) & (column < W))[:, None] & in_c[None, :]
-                place = x + b * x_b + row.to(tl.int64) * x_h + column[:, None] * x_w + c[None, :]
-                values = tl.load(place, mask=valid, other=0.0).to(tl.float32)
+                tap = tl.load(row_of_taps + v * CHANNELS)
                 step = ()
-                for t in tl.static_range(K * K):
-                    if t % K == v and r - t // K >= 0 and r - t // K < ROWS:
-                        step = step + (updated[t] + values * grads[r - t // K],)
-                    else:
-                        step = step + (updated[t],)
-                updated = step
-        taps = updated + (total,)
-    for t in tl.static_range(K * K + 1):
-        tl.store(part + (tl.program_id(1) * (K * K + 1) + t) * C + c, tl.sum(taps[t], 0), mask=in_c)
+                for p in tl.static_range(SPAN):
+                    step = step + (part[p] + values[p * STRIDE + v].to(tl.float32) * tap,)
+                part = step
+            updated = updated + part
+        sums = updated
+    for s in tl.static_range(ROWS * SPAN):
+        row = i + s // SPAN * DILATION
+        column = j + s % SPAN * DILATION
+        valid = ((row < out_h) & (column < out_w))[:, None] & in_c[None, :]
+        _put(sums[s] + shift, y, gate, grad, d_gate, row, column,
+             h_gate, w_gate, h_grad, w_grad, out_w, C, valid, ACTIVATION, GATE, BACKWARD)  # fmt: skip
 
 
-def _shape(size: int) -> dict[str, int]:
-    """Rows, columns and channels of a program: two channels and one column per thread."""
-    return {"ROWS": 8 if size <= 5 else 6, "COLUMNS": 4, "CHANNELS": 64, "num_warps": 4}
+@_kernel
+def _conv_weight(
+    grad, x, part, b_grad, h_grad, w_grad, b_x, h_x, w_x, tiles, rows, H, W, C, out_h, out_w,
+    K: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ALIGN: tl.constexpr,
+    TAPS: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """part[p] = gradients of the K K taps and of the bias, summed over every tile that falls to program p.
+
+    A program has TAPS x TAPS of the taps. Row a of its window is row ``step - a`` of a strip of the gradient, and meets
+    row e of the STRIDE rows of x of the step under row ``STRIDE * a + e`` of its taps.
+    """
+    WIDTH: tl.constexpr = STRIDE * (SPAN - 1) + TAPS
+    WINDOW: tl.constexpr = (TAPS + STRIDE - 1) // STRIDE
+    GROUPS: tl.constexpr = (K + TAPS - 1) // TAPS  # of rows, and of columns of taps
+    h_x, w_x, b_x = h_x * ALIGN, w_x * ALIGN, b_x * ALIGN
+    h_grad, w_grad = h_grad * ALIGN, w_grad * ALIGN
+    b_grad = b_grad * ALIGN
+    up = tl.program_id(0) % GROUPS * TAPS
+    across = tl.program_id(0) // GROUPS % GROUPS * TAPS
+    c = tl.program_id(0) // (GROUPS * GROUPS) * CHANNELS + tl.arange(0, CHANNELS)
+    in_c = c < C
+    blocks_w = tl.cdiv(tl.cdiv(out_w, SPAN * DILATION) * DILATION, COLUMNS)
+    bands = tl.cdiv(out_h, rows * DILATION) * DILATION
+    zero = tl.zeros((COLUMNS, CHANNELS), tl.float32)
+    sums = ()
+    for _ in tl.static_range(TAPS * TAPS):
+        sums = sums + (zero,)
+    total = zero
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        j = _first(tile % blocks_w * COLUMNS + tl.arange(0, COLUMNS), SPAN, DILATION)
+        i = _first(tile // blocks_w % bands, rows, DILATION)
+        b = (tile // (blocks_w * bands)).to(tl.int64)
+        x_b = x + b * b_x + c[None, :]
+        grad_b = grad + b * b_grad + c[None, :]
+        bottom = tl.minimum(out_h, i + rows * DILATION)
+        top = STRIDE * i + (up - K // 2) * DILATION
+        left = STRIDE * j + (across - K // 2) * DILATION
+        start, stop = 0, rows + WINDOW - 1
+        if GROUPS == 1:  # leave out the steps that read no row of the map
+            start = tl.maximum((K // 2 - STRIDE * i // DILATION) // STRIDE, 0)
+            stop = tl.minimum(stop, (K // 2 + (H - 1 - STRIDE * i) // DILATION) // STRIDE + 1)
+        window = ()
+        for a in tl.static_range(1, WINDOW):
+            above = tl.where(start >= a, i + (start - a) * DILATION, -1)
+            earlier = _row(grad_b, above, j, h_grad, w_grad, bottom, out_w, in_c, SPAN, DILATION, 1)
+            for p in tl.static_range(SPAN):
+                window = window + (earlier[p].to(tl.float32),)
+                total += earlier[p].to(tl.float32)
+        ahead = ()
+        for e in tl.static_range(STRIDE):
+            first = top + (STRIDE * start + e) * DILATION
+            ahead = ahead + _row(x_b, first, left, h_x, w_x, H, W, in_c, WIDTH, DILATION, 1)
+        ahead = ahead + _row(grad_b, i + start * DILATION, j, h_grad, w_grad, bottom, out_w, in_c, SPAN, DILATION, 1)
+        for step in range(start, stop):
+            values = ahead
+            ahead = ()
+            for e in tl.static_range(STRIDE):
+                row = top + (STRIDE * (step + 1) + e) * DILATION
+                ahead = ahead + _row(x_b, row, left, h_x, w_x, H, W, in_c, WIDTH, DILATION, 1)
+            row = i + (step + 1) * DILATION
+            ahead = ahead + _row(grad_b, row, j, h_grad, w_grad, bottom, out_w, in_c, SPAN, DILATION, 1)
+            grads = ()
+            for p in tl.static_range(SPAN):
+                g = values[STRIDE * WIDTH + p].to(tl.float32)
+                grads = grads + (g,)
+                total += g
+            grads = grads + window
+            for p in tl.static_range(SPAN):
+                updated = ()
+                for t in tl.static_range(TAPS * TAPS):
+                    value = values[t // TAPS % STRIDE * WIDTH + p * STRIDE + t % TAPS].to(tl.float32)
+                    updated = updated + (sums[t] + value * grads[t // TAPS // STRIDE * SPAN + p],)
+                sums = updated
+            window = ()
+            for s in tl.static_range((WINDOW - 1) * SPAN):
+                window = window + (grads[s],)
+    part += tl.program_id(1) * ((K * K + 1) * C) + c
+    for t in tl.static_range(TAPS * TAPS):
+        u, v = up + t // TAPS, across + t % TAPS
+        tl.store(part + (u * K + v) * C, tl.sum(sums[t], 0), mask=in_c & (u < K) & (v < K))
+    tl.store(part + K * K * C, tl.sum(total, 0), mask=in_c & (up == 0) & (across == 0))
 
 
-def _unit(x: Tensor) -> Tensor:
+def _shape(kernel: str, size: int, stride: int, x: Tensor) -> dict[str, int]:
+    """What a program makes: rows, columns of a lane, lanes side by side, channels; two channels per thread.
+
+    ``kernel`` is "conv", "epilogue" (the same with an activation or a gate, which need registers), "large" or "weight".
+    With these numbers no kernel spills registers on Hopper.
+    """
+    block = 64 if x.shape[-1] % 64 == 0 else 32
+    shape = {"COLUMNS": 128 // block, "CHANNELS": block, "num_warps": 2}
+    if kernel == "large":
+        return {"ROWS": 2, "SPAN": 4 if x.dtype == torch.float32 else 8, **shape}
+    if kernel == "weight":
+        taps = triton.cdiv(size, triton.cdiv(size, REGISTER_SIZE))  # blocks of equal size
+        return {"rows": 32, "SPAN": 4 if size <= 5 else 3 - stride, "TAPS": taps, **shape}
+    narrow = int(x.shape[-1] % 16 > 0)  # loads of one channel take more registers
+    if kernel == "conv" and stride == 1:
+        return {"rows": 32, "SPAN": {1: 4, 3: 7, 5: 7, 7: 4 - narrow}[size], **shape}
+    return {"rows": 32, "SPAN": 2 - narrow if size == 7 else 4, **shape}
+
+
+def _rows(shape: dict[str, int], height: int, dilation: int, others: int) -> int:
+    """Rows of a strip: about as many as the shape says, fewer if the programs would not fill the GPU."""
+    height = -(-height // dilation)
+    strips = max(-(-height // shape.pop("rows")), min(-(-PROGRAMS // (others * dilation)), -(-height // 8)))
+    return -(-height // strips)
+
+
+def _lanes(width: int, dilation: int, shape: dict[str, int]) -> int:
+    """Blocks of ``COLUMNS`` lanes in a row."""
+    return triton.cdiv(triton.cdiv(width, shape["SPAN"] * dilation) * dilation, shape["COLUMNS"])
+
+
+def _unit(x: Tensor | None) -> Tensor | None:
     """The tensor with neighbouring channels neighbouring in memory, as the kernels need."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _align(*tensors: Tensor) -> int:
+    """What divides all strides, in elements. Kernels get them divided by it, and so know how wide loads may be."""
+    return 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:3]) else 1
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, residual: bool, flip: bool = False
-) -> Tensor:
-    x = _unit(x)
-    batch, height, width, channels = x.shape
-    size = weight.shape[-1]
-    taps = weight.view(channels, size * size).t().float()
-    taps = (taps.flip(0) if flip else taps).contiguous()
-    out_height, out_width = (-(-side // stride) for side in (height, width))
-    y = x.new_empty(batch, out_height, out_width, channels)
-    shape = _shape(size)
-    bands = triton.cdiv(out_height, shape["ROWS"] * dilation) * dilation
-    blocks = triton.cdiv(channels, shape["CHANNELS"]) * triton.cdiv(out_width, shape["COLUMNS"]) * bands
-    _conv[(blocks, batch)](
-        x, taps, taps if bias is None else bias, y, *x.stride()[:3], height, width, channels, out_height, out_width,
-        K=size, STRIDE=stride, DILATION=dilation, RESIDUAL=residual, BIAS=bias is not None, **shape,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: tuple[int, int],
+    stride: int = 1,
+    dilation: int = 1,
+    residual: bool = False,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    grad: Tensor | None = None,
+    flip: bool = False,
+    spread: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The result, and with ``grad`` the gradients of what enters the activation and of the gate.
+
+    ``size`` is that of the map of x, which is larger than x itself if its tokens are spread out.
+    """
+    x, gate, grad = _unit(x), _unit(gate), _unit(grad)
+    batch, _, _, channels = x.shape
+    kernel = weight.shape[-1]
+    height, width = (-(-side // stride) for side in size)
+    y = x.new_empty(batch, height, width, channels)
+    d_gate = y if gate is None or grad is None else torch.empty(y.shape, device=y.device, dtype=gate.dtype)
+    large = kernel > REGISTER_SIZE
+    plain = activation == "none" and gate is None
+    shape = _shape("large" if large else "conv" if plain else "epilogue", kernel, stride, x)
+    blocks_c = triton.cdiv(channels, shape["CHANNELS"])
+    others = batch * blocks_c * _lanes(width, dilation, shape)
+    taps = weight[:, 0].permute(1, 2, 0).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if large:
+        above = stride * (shape["ROWS"] - 1)
+        taps = taps.flip(0, 1) if flip else taps
+        taps[kernel // 2, kernel // 2] += residual
+        taps = F.pad(taps, (0, blocks_c * shape["CHANNELS"] - channels, 0, 0, above, above))
+        taps = taps.unflatten(2, (blocks_c, -1)).permute(2, 0, 1, 3).contiguous()
+        rows, sizes, ways = shape["ROWS"], (), {}
+    else:
+        rows = _rows(shape, height, dilation, others)
+        sizes, ways = (rows,), {"FLIP": flip, "RESIDUAL": residual}
+    views = [x if view is None else view for view in (x, gate, grad)]
+    align = _align(*views)
+    strides = [stride // align for view in views for stride in view.stride()[:3]]
+    (_conv_large if large else _conv)[(others * triton.cdiv(height, rows * dilation) * dilation,)](
+        x, taps, x if bias is None else bias, *views[1:], y, d_gate, *strides,
+        *size, channels, height, width, *sizes,
+        K=kernel, STRIDE=stride, DILATION=dilation, SPREAD=spread, ALIGN=align, BIAS=bias is not None,
+        ACTIVATION=activation, GATE=gate is not None, BACKWARD=grad is not None, **ways, **shape,
     )  # fmt: skip
-    return y
+    return y, d_gate
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, residual: bool) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    residual: bool,
+    activation: str = "none",
+    gate: Tensor | None = None,
+) -> Tensor:
     """As ``depthwise_conv2d``."""
-    return _convolve(x, weight, bias, stride, dilation, residual)
+    return _convolve(x, weight, bias, x.shape[1:3], stride, dilation, residual, activation, gate)[0]
+
+
+def epilogue_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    dilation: int,
+    residual: bool,
+    activation: str,
+    gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what enters the activation, computed again, and of the gate; the latter is empty without a gate."""
+    d_total, d_gate = _convolve(x, weight, bias, x.shape[1:3], stride, dilation, residual, activation, gate, grad)
+    return d_total, x.new_empty(0) if gate is None else d_gate
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: int, dilation: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias for stride 1; the last is empty without a bias."""
+    """Gradients of x, weight and bias of the convolution alone; the last is empty without a bias."""
     grad, x = _unit(grad), _unit(x)
-    grad_x = _convolve(grad, weight, None, 1, dilation, residual, flip=True)
-    batch, height, width, channels = x.shape
+    grad_x, _ = _convolve(grad, weight, None, x.shape[1:3], 1, dilation, residual, flip=True, spread=stride)
+    batch, height, width, channels = grad.shape
     size = weight.shape[-1]
-    shape = _shape(size)
-    blocks = triton.cdiv(channels, shape["CHANNELS"])
-    bands = triton.cdiv(height, shape["ROWS"] * dilation) * dilation
-    tiles = batch * bands * triton.cdiv(width, shape["COLUMNS"])
-    parts = min(tiles, max(1, PARTS // blocks))
+    shape = _shape("weight", size, stride, x)
+    blocks_c = triton.cdiv(channels, shape["CHANNELS"])
+    programs = blocks_c * triton.cdiv(size, shape["TAPS"]) ** 2
+    lanes = _lanes(width, dilation, shape)
+    rows = _rows(shape, height, dilation, batch * lanes * programs)
+    tiles = batch * lanes * triton.cdiv(height, rows * dilation) * dilation
+    parts = min(tiles, max(1, PARTS // programs))
+    align = _align(grad, x)
+    strides = [stride // align for view in (grad, x) for stride in view.stride()[:3]]
     part = torch.empty(parts, size * size + 1, channels, device=x.device, dtype=torch.float32)
-    _conv_weight[(blocks, parts)](
-        grad, x, part, *grad.stride()[:3], *x.stride()[:3], tiles, height, width, channels,
-        K=size, DILATION=dilation, **shape,
+    _conv_weight[(programs, parts)](
+        grad, x, part, *strides, tiles, rows, *x.shape[1:3], channels, height, width,
+        K=size, STRIDE=stride, DILATION=dilation, ALIGN=align, **shape,
     )  # fmt: skip
     sums = part.sum(0)
     grad_weight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)

@@ -5,14 +5,15 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend
+from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
 from zoo.kernels.gated_linear_attention import torch_backend
-from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_op
+from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_gradient, register_op
 
 CAUSAL, BOTH = "gated_linear_attention", "bidirectional_gated_linear_attention"
 MAX_HEAD_DIM, MAX_VALUE_DIM = 256, 512
@@ -101,7 +102,7 @@ def compute(
     out, state = _fake(q, k, v, log_decay, initial_state, scale)
     if out.numel() == 0:
         return out, state.zero_() if initial_state is None else state.copy_(initial_state)
-    backend = select_backend(CAUSAL, {"torch": torch_backend.forward}, q.device)
+    backend = select_backend(CAUSAL, _backends(q, "forward"), q.device)
     return backend(q, k, v, log_decay, initial_state, _scale(q, scale))
 
 
@@ -119,7 +120,7 @@ def compute_backward(
     if grad.numel() == 0:
         *rest, state = _fake_backward(grad, grad_state, q, k, v, log_decay, initial_state, scale)
         return *(x.zero_() for x in rest), state.copy_(grad_state)
-    backend = select_backend(f"{CAUSAL}_backward", {"torch": torch_backend.backward}, q.device)
+    backend = select_backend(f"{CAUSAL}_backward", _backends(q, "backward"), q.device)
     return backend(grad, grad_state, q, k, v, log_decay, initial_state, _scale(q, scale))
 
 
@@ -130,7 +131,7 @@ def compute_both(
     out = _fake_both(q, k, v, log_decay, log_decay_reverse, scale)
     if out.numel() == 0:
         return out
-    backend = select_backend(BOTH, {"torch": torch_backend.forward_both}, q.device)
+    backend = select_backend(BOTH, _backends(q, "forward_both"), q.device)
     return backend(q, k, v, log_decay, log_decay_reverse, _scale(q, scale))
 
 
@@ -140,8 +141,15 @@ def compute_both_backward(
     """The backward pass in both directions, on the backend for the device of q."""
     if grad.numel() == 0:
         return tuple(x.zero_() for x in _fake_both_backward(grad, q, k, v, log_decay, log_decay_reverse, scale))
-    backend = select_backend(f"{BOTH}_backward", {"torch": torch_backend.backward_both}, q.device)
+    backend = select_backend(f"{BOTH}_backward", _backends(q, "backward_both"), q.device)
     return backend(grad, q, k, v, log_decay, log_decay_reverse, _scale(q, scale))
+
+
+def _backends(q: Tensor, function: str) -> dict[str, Callable]:
+    backends = {"torch": getattr(torch_backend, function)}
+    if triton_asked_for() and q.dtype != torch.float64:
+        backends["triton"] = triton_backend("zoo.kernels.gated_linear_attention.triton", function, backends["torch"])
+    return backends
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -228,5 +236,5 @@ register_op(
     _fake_both_backward,
     flops_both_backward,
 )
-torch.library.register_autograd(_causal, _backward, setup_context=_setup_context)
-torch.library.register_autograd(_both, _backward_both, setup_context=_setup_context)
+register_gradient(_causal, _backward, _setup_context)
+register_gradient(_both, _backward_both, _setup_context)

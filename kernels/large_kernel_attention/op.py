@@ -1,16 +1,15 @@
 """Large kernel attention as one PyTorch operator, ``zoo::large_kernel_attention``."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.kernels.depthwise_conv.op import TRITON_MAX_SIZE
 from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
 from zoo.kernels.large_kernel_attention import torch_backend
-from zoo.kernels.library import check_float, check_shape, register_op
+from zoo.kernels.library import check_float, check_shape, register_gradient, register_op
 
 NAME = "large_kernel_attention"
 
@@ -73,22 +72,21 @@ def compute(x: Tensor, *parameters: Any) -> Tensor:
     check(x, *parameters)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return select_backend(NAME, _backends(x, parameters, "forward"), x.device)(x, *parameters)
+    return _backend(x, "forward")(x, *parameters)
 
 
 def compute_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The backward pass on the backend for the device of x."""
     if grad.numel() == 0:
         return tuple(tensor.zero_() for tensor in _fake_backward(grad, *inputs))
-    return select_backend(NAME, _backends(inputs[0], inputs[1:], "backward"), grad.device)(grad, *inputs)
+    return _backend(inputs[0], "backward")(grad, *inputs)
 
 
-def _backends(x: Tensor, parameters: Sequence[Any], direction: str) -> dict[str, Callable]:
-    backends = {"torch": getattr(torch_backend, direction)}
-    sizes = (parameters[0].shape[-1], parameters[2].shape[-1])
-    if triton_asked_for() and x.dtype != torch.float64 and max(sizes) <= TRITON_MAX_SIZE:
-        backends["triton"] = triton_backend("zoo.kernels.large_kernel_attention.triton", direction, backends["torch"])
-    return backends
+def _backend(x: Tensor, function: str) -> Callable:
+    backends = {"torch": getattr(torch_backend, function)}
+    if triton_asked_for() and x.dtype != torch.float64:
+        backends["triton"] = triton_backend("zoo.kernels.large_kernel_attention.triton", function, backends["torch"])
+    return select_backend(NAME, backends, x.device)
 
 
 def flops(x: Any, local_weight: Any, _: Any, dilated_weight: Any, *__: Any, **___: Any) -> int:
@@ -132,4 +130,4 @@ register_op(
     _fake_backward,
     _flops_backward,
 )
-torch.library.register_autograd(_name, _backward, setup_context=_setup_context)
+register_gradient(_name, _backward, _setup_context)

@@ -8,15 +8,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels.library import accumulation_dtype
-from zoo.kernels.rotary import rotary_angles, rotate
+from zoo.kernels.rotary import rotary_angles, rotary_angles_across_heads, rotate
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
     "relu": F.relu,
     "elu+1": lambda x: F.elu(x) + 1,
     "exp": torch.exp,
+    "silu": F.silu,
 }
-NORMALISATIONS = ("division", "subtraction")
+NORMALISATIONS = ("division", "subtraction", "keys")
+
+
+def angles_of_heads(
+    height: int,
+    width: int,
+    heads: int,
+    dim: int,
+    base: float,
+    across_heads: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rotations of all heads alike, (N, D / 2), or of each, (heads, N, D / 2), in radians."""
+    if across_heads:
+        return rotary_angles_across_heads(height, width, heads, dim, base, device, dtype)
+    return rotary_angles(height, width, dim, base, device, dtype)
 
 
 def linear_attention_reference(
@@ -32,6 +49,7 @@ def linear_attention_reference(
     eps: float = 1e-6,
     normalisation: str = "division",
     scale: float = 1.0,
+    rotary_across_heads: bool = False,
 ) -> Tensor:
     """Normalised linear attention.
 
@@ -48,6 +66,12 @@ def linear_attention_reference(
 
         o_n = f(q_n) S + (1 - f(q_n) . mean_j(w_j f(k_j))) mean_j(v_j)
 
+    With "keys" every channel of the keys is normalised over the tokens by itself, which is the additive recurrence of
+    LightNet (arXiv:2405.21022) after its one scan; f is of the queries alone, and there are no weights::
+
+        S   = sum_n R_n(khat_n) v_n^T,  khat_n,d = exp(k_n,d) / sum_j exp(k_j,d)
+        o_n = R_n(f(q_n)) S
+
     Args:
         q: (B, N, H, D).
         k: (B, N, H, D).
@@ -61,25 +85,29 @@ def linear_attention_reference(
         eps: added to the normaliser.
         normalisation: one of ``NORMALISATIONS``.
         scale: multiplies f(q).
+        rotary_across_heads: rotate as in ``rotary_angles_across_heads`` (MD-LRPE), not as in ``rotary_angles``.
 
     Returns:
         (B, N, H, E) in the dtype of q.
     """
     dtype = accumulation_dtype(q.dtype)
-    tokens, dim = q.shape[1], q.shape[-1]
+    tokens, heads, dim = q.shape[1:]
     q_bhnd, k_bhnd, v_bhne = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
-    q_bhnd, k_bhnd = FEATURE_MAPS[feature_map](q_bhnd) * scale, FEATURE_MAPS[feature_map](k_bhnd)
+    q_bhnd = FEATURE_MAPS[feature_map](q_bhnd) * scale
+    k_bhnd = k_bhnd.softmax(2) * tokens if normalisation == "keys" else FEATURE_MAPS[feature_map](k_bhnd)
     if token_weights:
         mean_bh1d = q_bhnd.mean(2, keepdim=True)
         scores_bhn1 = (k_bhnd * mean_bh1d).sum(-1, keepdim=True) * dim**-0.5
         k_bhnd = k_bhnd * (scores_bhn1.softmax(2) * tokens)
     sums_bhn1 = (q_bhnd * k_bhnd.mean(2, keepdim=True)).sum(-1, keepdim=True)
     if grid is not None:
-        angles_nd = rotary_angles(*grid, dim, rotary_base, q.device, dtype)
-        q_bhnd, k_bhnd = (rotate(x, angles_nd.cos(), angles_nd.sin()) for x in (q_bhnd, k_bhnd))
+        angles = angles_of_heads(*grid, heads, dim, rotary_base, rotary_across_heads, q.device, dtype)
+        q_bhnd, k_bhnd = (rotate(x, angles.cos(), angles.sin()) for x in (q_bhnd, k_bhnd))
     state_bhde = k_bhnd.transpose(2, 3) @ v_bhne / tokens
     if normalisation == "division":
         out_bhne = q_bhnd @ state_bhde / (sums_bhn1 + eps)
+    elif normalisation == "keys":
+        out_bhne = q_bhnd @ state_bhde
     else:
         out_bhne = q_bhnd @ state_bhde + (1 - sums_bhn1) * v_bhne.mean(2, keepdim=True)
     y = out_bhne.transpose(1, 2)

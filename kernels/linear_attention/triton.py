@@ -4,14 +4,22 @@ The names are those of the formulas in ``reference.py``; p_n are the token weigh
 works on a chunk of the tokens of one head of one picture, block by block. The forward pass has four kernels:
 
 1. ``_mean``: parts of m, the mean query (only with token weights);
-2. ``_state``: parts of S and of the mean key, with an online softmax of the token weights;
+2. ``_state``: parts of S and of its vectors, with an online softmax of the token weights or of the keys' channels;
 3. ``_combine``: the parts put together, in a fixed order;
 4. ``_read``: o, the local term and the gate.
 
-The backward pass keeps S, the mean key, m and the softmax's maximum and sum, O(D E) numbers per head, and computes the
-rest again: ``_read_backward`` (gradients of gate, local term and parts of that of S), ``_combine_backward``,
-``_state_backward`` (keys and values, and parts of the gradient of m) and ``_query_backward``. The gradient of the
-softmax needs sum_n p_n dp_n, which is <S, dS> + <mean key, its gradient>, so it takes no pass over the tokens.
+The backward pass starts from what ``Settings.saved`` names, O(D E) numbers per head, and computes the rest again:
+``_read_backward`` (gradients of gate, local term and, without token weights, queries; parts of that of S),
+``_combine_backward``, ``_keys_backward`` (keys and values, and parts of the gradient of m) and, with token weights,
+``_query_backward``. The sums over tokens in the gradients of the softmaxes, such as sum_n p_n dp_n = <S, dS> + <mean
+key, its gradient>, are products of states, so they take no pass over the tokens.
+
+Tensors of N tokens that pass between the chip and memory, without local term and gate: 4 forward, that is q, k and v
+read once and o written once, and 5 with token weights, which need the mean query before the first key; backward 7,
+gradients and inputs once each, and 9 with token weights, which need all of dm before the first dq.
+
+Short sequences have one kernel forward and one backward, a program for each head, that does all of this: there the time
+goes into launches, and a head's tokens stay in the caches.
 """
 
 import functools
@@ -21,11 +29,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.linear_attention.torch_backend import Settings
-from zoo.kernels.rotary import rotary_angles
+from zoo.kernels.linear_attention.reference import angles_of_heads
+from zoo.kernels.linear_attention.settings import Settings
 
-KINDS = {"identity": 0, "relu": 1, "elu+1": 2, "exp": 3}
-PROGRAMS = 1024  # a few for each multiprocessor of a large GPU
+KINDS = {"identity": 0, "relu": 1, "elu+1": 2, "exp": 3, "silu": 4}
+PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+MAX_SPLITS = 256
+SHORT_TOKENS = 256  # up to here one program takes a head in any case
+SHORT_TOKENS_OF_MANY = 1024  # up to here if there are MANY_HEADS, so that the chip is full
+MANY_HEADS = 64
+# Numbers that change with the resolution or the batch: no kernel is compiled again for their values.
+SIZES = ["N", "height", "width", "turn_h", "splits", "splits_m"]
 
 
 @triton.jit
@@ -36,6 +50,8 @@ def _feature(x, KIND: tl.constexpr):
         return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
     elif KIND == 3:
         return tl.exp(x)
+    elif KIND == 4:
+        return x * tl.sigmoid(x)
     else:
         return x
 
@@ -49,22 +65,60 @@ def _slope(x, KIND: tl.constexpr):
         return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
     elif KIND == 3:
         return tl.exp(x)
+    elif KIND == 4:
+        s = tl.sigmoid(x)
+        return s * (1 + x * (1 - s))
     else:
         return x * 0 + 1.0
 
 
 @triton.jit
-def _angles(table, n, height, width, D: tl.constexpr, BD: tl.constexpr):
+def _head(x, head, heads, step_b, step_h):
+    """Where a head of a picture begins."""
+    return x + (head // heads).to(tl.int64) * step_b + (head % heads) * step_h
+
+
+@triton.jit
+def _tokens(x, n, step, N, W: tl.constexpr, BW: tl.constexpr):
+    """Channels of tokens n of a head, (BN, BW); 0 outside."""
+    w = tl.arange(0, BW)
+    mask = (n < N)[:, None] & (w < W)[None, :]
+    return tl.load(x + n.to(tl.int64)[:, None] * step + w[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _put_tokens(x, y, n, step, N, W: tl.constexpr, BW: tl.constexpr):
+    w = tl.arange(0, BW)
+    mask = (n < N)[:, None] & (w < W)[None, :]
+    tl.store(x + n.to(tl.int64)[:, None] * step + w[None, :], y.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _inside(n, N, W: tl.constexpr, BW: tl.constexpr):
+    return (n < N)[:, None] & (tl.arange(0, BW) < W)[None, :]
+
+
+@triton.jit
+def _table_of(table, head, heads, turn_h, D: tl.constexpr):
+    offset = (head % heads) * turn_h
+    if D % 8 == 0:
+        offset = tl.multiple_of(offset, 4)
+    return table + offset
+
+
+@triton.jit
+def _angles(table, n, height, width, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     """Cosines and sines (BN, BD / 2) of the pairs of tokens n, from a table (height + width, D / 4, 2)."""
-    pair = tl.arange(0, BD // 2)
-    by_row = pair < D // 4
+    c = tl.arange(0, BD)
+    by_row = c < D // 2
     row = n // width
     place = tl.where(by_row[None, :], row[:, None], height + (n - row * width)[:, None])
     place = tl.minimum(place, height + width - 1)
-    frequency = tl.where(by_row, pair, pair - D // 4)
-    where = (place * (D // 4) + frequency[None, :]) * 2
-    valid = (pair < D // 2)[None, :]
-    return tl.load(table + where, mask=valid, other=1.0), tl.load(table + where + 1, mask=valid, other=0.0)
+    at = place * (D // 2) + tl.where(by_row, c, c - D // 2)[None, :]
+    if D % 8 == 0:
+        at = tl.max_contiguous(tl.multiple_of(at, (1, 4)), (1, 4))  # four numbers in one load
+    both = tl.load(table + at, mask=(c < D)[None, :], other=0.0)
+    return tl.split(tl.reshape(both, (BN, BD // 2, 2)))
 
 
 @triton.jit
@@ -74,67 +128,85 @@ def _turn(x, cos, sin, BN: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _turn_rows(x, ROWS: tl.constexpr, BE: tl.constexpr):
+    """Rows 2i and 2i + 1 become minus row 2i + 1 and row 2i: a quarter of a turn of every pair."""
+    a, b = tl.split(tl.permute(tl.reshape(x, (ROWS // 2, 2, BE)), (0, 2, 1)))
+    return tl.reshape(tl.permute(tl.join(-b, a), (0, 2, 1)), (ROWS, BE))
+
+
+@triton.jit
+def _swap_pairs(x, ROWS: tl.constexpr):
+    a, b = tl.split(tl.reshape(x, (ROWS // 2, 2)))
+    return tl.reshape(tl.join(b, a), (ROWS,))
+
+
+@triton.jit
 def _dot(a, b, DOT: tl.constexpr):
     """A matrix product with float32 sums, of bfloat16, of tf32, or of float32 numbers."""
     if DOT == 0:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     elif DOT == 1:
-        return tl.dot(a, b, input_precision="tf32")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
 
 
 @triton.jit
-def _mean(
-    q, part, s_b, s_n, s_h, N, heads, chunk, KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
-):
-    """part[head, split] = sum of f(q) over a chunk."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, BD)
-    q += (head // heads).to(tl.int64) * s_b + (head % heads) * s_h
-    total = tl.zeros((BD,), tl.float32)
-    for start in range(split * chunk, tl.minimum(N, (split + 1) * chunk), BN):
-        n = start + tl.arange(0, BN)
-        valid = (n < N)[:, None] & (d < D)[None, :]
-        x = tl.load(q + n.to(tl.int64)[:, None] * s_n + d[None, :], mask=valid, other=0.0).to(tl.float32)
-        total += tl.sum(tl.where(valid, _feature(x, KIND), 0.0), 0)
-    tl.store(part + (head * tl.num_programs(0) + split) * BD + d, total)
+def _matrix(x, W: tl.constexpr, V: tl.constexpr, BW: tl.constexpr, BV: tl.constexpr):
+    """A matrix (W, V) as (BW, BV); 0 outside."""
+    w, v = tl.arange(0, BW), tl.arange(0, BV)
+    mask = (w < W)[:, None] & (v < V)[None, :]
+    return tl.load(x + w[:, None] * V + v[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _sum_parts(part, head, splits, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    total = tl.zeros((BD,), tl.float32)
-    for split in range(splits):
-        total += tl.load(part + (head * splits + split) * BD + d)
+def _vector(x, W: tl.constexpr, BW: tl.constexpr):
+    w = tl.arange(0, BW)
+    return tl.load(x + w, mask=w < W, other=0.0)
+
+
+@triton.jit
+def _sum_parts(part, splits, STEP: tl.constexpr, W: tl.constexpr):
+    """The sum of W numbers of every split, sixteen splits at a time."""
+    s, w = tl.arange(0, 16), tl.arange(0, W)
+    total = tl.zeros((W,), tl.float32)
+    for first in range(0, splits, 16):
+        place = (first + s).to(tl.int64)[:, None] * STEP + w[None, :]
+        total += tl.sum(tl.load(part + place, mask=(first + s < splits)[:, None], other=0.0), 0)
     return total
 
 
+# ---- over the tokens start to stop of a head, forward
+
+
 @triton.jit
-def _state(
-    k, v, mean_part, table, state_part, key_part, stats_part,
-    k_b, k_n, k_h, v_b, v_n, v_h,
-    N, heads, chunk, splits_m, height, width, scale,
+def _sum_queries(
+    q, q_n, N, start, stop, scale, KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+):
+    """sum_n f(q_n)."""
+    total = tl.zeros((BD,), tl.float32)
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        x = _feature(_tokens(q, n, q_n, N, D, BD).to(tl.float32), KIND)
+        total += tl.sum(tl.where(_inside(n, N, D, BD), x, 0.0), 0)
+    return total * scale
+
+
+@triton.jit
+def _scan_division(
+    k, v, query, table, k_n, v_n, N, start, stop, height, width,
     KIND: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr, DOT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Parts of S (D, E) and the mean key (D) over a chunk, both times sum_n exp(score_n - maximum)."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    d, e = tl.arange(0, BD), tl.arange(0, BE)
-    k += (head // heads).to(tl.int64) * k_b + (head % heads) * k_h
-    v += (head // heads).to(tl.int64) * v_b + (head % heads) * v_h
-    if WEIGHTS:
-        query = _sum_parts(mean_part, head, splits_m, BD) * (scale / N)
+    """S (D, E) and the mean key (D), both times sum_n exp(score_n - top); top; that sum."""
     top, total = -float("inf"), 0.0
     keys = tl.zeros((BD,), tl.float32)
     state = tl.zeros((BD, BE), tl.float32)
-    for start in range(split * chunk, tl.minimum(N, (split + 1) * chunk), BN):
-        n = start + tl.arange(0, BN)
-        at = n.to(tl.int64)[:, None]
-        valid = (n < N)[:, None] & (d < D)[None, :]
-        x = tl.load(k + at * k_n + d[None, :], mask=valid, other=0.0).to(tl.float32)
-        values = tl.load(v + at * v_n + e[None, :], mask=(n < N)[:, None] & (e < E)[None, :], other=0.0)
-        x = tl.where(valid, _feature(x, KIND), 0.0)
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        x = _tokens(k, n, k_n, N, D, BD).to(tl.float32)
+        values = _tokens(v, n, v_n, N, E, BE)
+        x = tl.where(_inside(n, N, D, BD), _feature(x, KIND), 0.0)
         if WEIGHTS:
             scores = tl.where(n < N, tl.sum(x * query[None, :], 1), -float("inf"))
             higher = tl.maximum(top, tl.max(scores, 0))
@@ -147,379 +219,822 @@ def _state(
             top = higher
         keys += tl.sum(x, 0)
         if ROTATE:
-            cos, sin = _angles(table, n, height, width, D, BD)
+            cos, sin = _angles(table, n, height, width, D, BD, BN)
             x = _turn(x, cos, sin, BN, BD)
-        state += _dot(tl.trans(x), values.to(tl.float32) if DOT > 0 else values, DOT)
+        state += _dot(tl.trans(x), values, DOT)
     if not WEIGHTS:
-        top, total = 0.0, (tl.minimum(N, (split + 1) * chunk) - split * chunk).to(tl.float32)
-    place = head * tl.num_programs(0) + split
-    tl.store(stats_part + place * 2, top)
-    tl.store(stats_part + place * 2 + 1, total)
-    tl.store(key_part + place * BD + d, keys)
-    tl.store(state_part + (place.to(tl.int64) * BD + d[:, None]) * BE + e[None, :], state)
+        top, total = 0.0, (stop - start).to(tl.float32)
+    return state, keys, top, total
 
 
 @triton.jit
-def _combine(
-    state_part, key_part, stats_part, mean_part, state, key, stats, mean, splits, splits_m, N,
-    WEIGHTS: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """S, the mean key, the softmax's maximum and sum, and m; a program puts some rows of S together."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    d, e = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
-    top = -float("inf")
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(stats_part + (head * splits + split) * 2))
-    total = 0.0
-    keys = tl.zeros((ROWS,), tl.float32)
-    rows = tl.zeros((ROWS, BE), tl.float32)
-    for split in range(splits):
-        place = head * splits + split
-        share = tl.exp(tl.load(stats_part + place * 2) - top)
-        total += share * tl.load(stats_part + place * 2 + 1)
-        keys += share * tl.load(key_part + place * BD + d)
-        rows += share * tl.load(state_part + (place.to(tl.int64) * BD + d[:, None]) * BE + e[None, :])
-    tl.store(state + (head * BD + d[:, None]) * BE + e[None, :], rows / total)
-    tl.store(key + head * BD + d, keys / total)
-    if WEIGHTS:
-        query = tl.zeros((ROWS,), tl.float32)
-        for split in range(splits_m):
-            query += tl.load(mean_part + (head * splits_m + split) * BD + d)
-        tl.store(mean + head * BD + d, query / N)
-    if tile == 0:
-        tl.store(stats + head * 2, top)
-        tl.store(stats + head * 2 + 1, total)
-
-
-@triton.jit
-def _read(
-    q, state, key, table, local, gate, out,
-    q_b, q_n, q_h, l_b, l_n, l_h, g_b, g_n, g_h,
-    N, heads, chunk, height, width, eps,
-    KIND: tl.constexpr, ROTATE: tl.constexpr, LOCAL: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
+def _scan_subtraction(
+    k, v, k_n, v_n, N, start, stop, KIND: tl.constexpr, DOT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out = (R(f(q)) S / (f(q) . mean key + eps) + local) * gate."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    batch, place = (head // heads).to(tl.int64), head % heads
-    d, e = tl.arange(0, BD), tl.arange(0, BE)
-    q += batch * q_b + place * q_h
-    matrix = tl.load(state + (head * BD + d[:, None]) * BE + e[None, :])
-    keys = tl.load(key + head * BD + d)
-    for start in range(split * chunk, tl.minimum(N, (split + 1) * chunk), BN):
-        n = start + tl.arange(0, BN)
-        at = n.to(tl.int64)[:, None]
-        valid = (n < N)[:, None] & (d < D)[None, :]
-        x = tl.load(q + at * q_n + d[None, :], mask=valid, other=0.0).to(tl.float32)
-        x = tl.where(valid, _feature(x, KIND), 0.0)
-        normaliser = tl.sum(x * keys[None, :], 1) + eps
+    """The sum of products of keys and values, both less their means; the means.
+
+    What is added up is less the means of the first block: so no large terms cancel.
+    """
+    n = start + tl.arange(0, BN)
+    guessed = tl.minimum(stop - start, BN).to(tl.float32)
+    x = _feature(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND)
+    guess_k = tl.sum(tl.where(_inside(n, N, D, BD), x, 0.0), 0) / guessed
+    guess_v = tl.sum(_tokens(v, n, v_n, N, E, BE).to(tl.float32), 0) / guessed
+    keys, values = tl.zeros((BD,), tl.float32), tl.zeros((BE,), tl.float32)
+    state = tl.zeros((BD, BE), tl.float32)
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        x = _feature(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND) - guess_k[None, :]
+        x = tl.where(_inside(n, N, D, BD), x, 0.0)
+        y = tl.where((n < N)[:, None], _tokens(v, n, v_n, N, E, BE).to(tl.float32) - guess_v[None, :], 0.0)
+        keys += tl.sum(x, 0)
+        values += tl.sum(y, 0)
+        state += _dot(tl.trans(x), y, DOT)
+    count = (stop - start).to(tl.float32)
+    state -= keys[:, None] * (values / count)[None, :]
+    return state, keys / count + guess_k, values / count + guess_v
+
+
+@triton.jit
+def _scan_keys(
+    k, v, table, k_n, v_n, N, start, stop, height, width, ROTATE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """sum_n exp(k_n - top) v_n^T, times cosines and times sines with a rotation; top; sum_n exp(k_n - top).
+
+    The sums times cosines and times sines stay apart until the two channels of a pair are normalised.
+    """
+    top = tl.zeros((BD,), tl.float32) - 1e38
+    total = tl.zeros((BD,), tl.float32)
+    state = tl.zeros((BD, BE), tl.float32)
+    sine = tl.zeros((BD, BE), tl.float32) if ROTATE else 0.0
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        x = tl.where((n < N)[:, None], _tokens(k, n, k_n, N, D, BD).to(tl.float32), -float("inf"))
+        values = _tokens(v, n, v_n, N, E, BE)
+        higher = tl.maximum(top, tl.max(x, 0))
+        shrink = tl.exp(top - higher)
+        x = tl.exp(x - higher[None, :])
+        total = total * shrink + tl.sum(x, 0)
+        top = higher
         if ROTATE:
-            cos, sin = _angles(table, n, height, width, D, BD)
-            x = _turn(x, cos, sin, BN, BD)
-        y = _dot(x, matrix, DOT) / normaliser[:, None]
-        valid = (n < N)[:, None] & (e < E)[None, :]
-        if LOCAL:
-            y += tl.load(local + batch * l_b + place * l_h + at * l_n + e[None, :], mask=valid, other=0.0).to(
-                tl.float32
-            )
-        if GATE:
-            y *= tl.load(gate + batch * g_b + place * g_h + at * g_n + e[None, :], mask=valid, other=0.0).to(tl.float32)
-        target = out + ((batch * N + at) * heads + place) * E + e[None, :]
-        tl.store(target, y.to(out.dtype.element_ty), mask=valid)
+            cos, sin = _angles(table, n, height, width, D, BD, BN)
+            a, b = tl.split(tl.reshape(x, (BN, BD // 2, 2)))
+            across = tl.reshape(tl.join(a * sin, b * sin), (BN, BD))
+            sine = sine * shrink[:, None] + _dot(tl.trans(across), values, DOT)
+            x = tl.reshape(tl.join(a * cos, b * cos), (BN, BD))
+        state = state * shrink[:, None] + _dot(tl.trans(x), values, DOT)
+    return state, sine, top, total
 
 
 @triton.jit
-def _read_backward(
-    grad, q, state, key, table, local, gate, d_out, d_gate, d_state_part, d_key_part,
-    y_b, y_n, y_h, q_b, q_n, q_h, l_b, l_n, l_h, g_b, g_n, g_h,
-    N, heads, chunk, height, width, eps,
-    KIND: tl.constexpr, ROTATE: tl.constexpr, LOCAL: tl.constexpr, GATE: tl.constexpr, WRITE: tl.constexpr,
-    DOT: tl.constexpr,
+def _read_tokens(
+    q, local, gate, out, table, state, key, value, q_n, l_n, g_n, out_n,
+    N, start, stop, height, width, scale, eps,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, ROTATE: tl.constexpr,
+    LOCAL: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gate and of o (which is the local term's), and parts of those of S and of the mean key."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    batch, place = (head // heads).to(tl.int64), head % heads
-    d, e = tl.arange(0, BD), tl.arange(0, BE)
-    matrix = tl.load(state + (head * BD + d[:, None]) * BE + e[None, :])
-    keys = tl.load(key + head * BD + d)
+    """out = (o + local) * gate."""
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        x = _feature(_tokens(q, n, q_n, N, D, BD).to(tl.float32), KIND) * scale
+        x = tl.where(_inside(n, N, D, BD), x, 0.0)
+        if not KEYS and not SUBTRACT:
+            normaliser = tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
+        if ROTATE:
+            cos, sin = _angles(table, n, height, width, D, BD, BN)
+            x = _turn(x, cos, sin, BN, BD)
+        y = _dot(x, state, DOT)
+        if SUBTRACT:
+            y += value[None, :]
+        elif not KEYS:
+            y = y / normaliser[:, None]
+        if LOCAL:
+            y += _tokens(local, n, l_n, N, E, BE).to(tl.float32)
+        if GATE:
+            y *= _tokens(gate, n, g_n, N, E, BE).to(tl.float32)
+        _put_tokens(out, y, n, out_n, N, E, BE)
+
+
+# ---- over the tokens start to stop of a head, backward
+
+
+@triton.jit
+def _read_tokens_backward(
+    grad, q, local, gate, d_q, d_local, d_gate, table, state, key, value, y_n, q_n, l_n, g_n, heads,
+    N, start, stop, height, width, scale, eps,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, ROTATE: tl.constexpr,
+    LOCAL: tl.constexpr, GATE: tl.constexpr, QUERY: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gate, of the local term and, with QUERY, of the queries.
+
+    Returns that of S and those of the mean key (division) and of the mean value (subtraction).
+    """
     d_state = tl.zeros((BD, BE), tl.float32)
-    d_key = tl.zeros((BD,), tl.float32)
-    for start in range(split * chunk, tl.minimum(N, (split + 1) * chunk), BN):
-        n = start + tl.arange(0, BN)
-        at = n.to(tl.int64)[:, None]
-        valid = (n < N)[:, None] & (d < D)[None, :]
-        x = tl.load(q + batch * q_b + place * q_h + at * q_n + d[None, :], mask=valid, other=0.0).to(tl.float32)
-        x = tl.where(valid, _feature(x, KIND), 0.0)
-        normaliser = tl.sum(x * keys[None, :], 1) + eps
+    d_key, d_value = tl.zeros((BD,), tl.float32), tl.zeros((BE,), tl.float32)
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        inside = _inside(n, N, D, BD)
+        raw = _tokens(q, n, q_n, N, D, BD).to(tl.float32)
+        dy = _tokens(grad, n, y_n, N, E, BE).to(tl.float32)
+        x = tl.where(inside, _feature(raw, KIND) * scale, 0.0)
+        if not KEYS and not SUBTRACT:
+            normaliser = tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
         turned = x
         if ROTATE:
-            cos, sin = _angles(table, n, height, width, D, BD)
+            cos, sin = _angles(table, n, height, width, D, BD, BN)
             turned = _turn(x, cos, sin, BN, BD)
-        y = _dot(turned, matrix, DOT) / normaliser[:, None]
-        valid = (n < N)[:, None] & (e < E)[None, :]
-        dy = tl.load(grad + batch * y_b + place * y_h + at * y_n + e[None, :], mask=valid, other=0.0).to(tl.float32)
-        target = ((batch * N + at) * heads + place) * E + e[None, :]
+        if GATE or (not KEYS and not SUBTRACT and not QUERY):
+            y = _dot(turned, state, DOT)
+            if SUBTRACT:
+                y += value[None, :]
+            elif not KEYS:
+                y = y / normaliser[:, None]
         if GATE:
             full = y
             if LOCAL:
-                full += tl.load(local + batch * l_b + place * l_h + at * l_n + e[None, :], mask=valid, other=0.0)
-            tl.store(d_gate + target, (dy * full).to(d_gate.dtype.element_ty), mask=valid)
-            dy *= tl.load(gate + batch * g_b + place * g_h + at * g_n + e[None, :], mask=valid, other=0.0)
-        if WRITE:
-            tl.store(d_out + target, dy.to(d_out.dtype.element_ty), mask=valid)
-        dy = dy / normaliser[:, None]
-        d_normaliser = -tl.sum(dy * y, 1)
+                full += _tokens(local, n, l_n, N, E, BE).to(tl.float32)
+            _put_tokens(d_gate, dy * full, n, heads * E, N, E, BE)
+            dy *= _tokens(gate, n, g_n, N, E, BE).to(tl.float32)
+        if LOCAL:
+            _put_tokens(d_local, dy, n, heads * E, N, E, BE)
+        if SUBTRACT:
+            d_value += tl.sum(dy, 0)
+        elif not KEYS:
+            dy = dy / normaliser[:, None]
         d_state += _dot(tl.trans(turned), dy, DOT)
-        d_key += tl.sum(x * d_normaliser[:, None], 0)
-    part = head * tl.num_programs(0) + split
-    tl.store(d_key_part + part * BD + d, d_key)
-    tl.store(d_state_part + (part.to(tl.int64) * BD + d[:, None]) * BE + e[None, :], d_state)
+        if QUERY:
+            dx = _dot(dy, tl.trans(state), DOT)
+        if not KEYS and not SUBTRACT:
+            # The product of dx with the turned queries is that of dy and R(f(q)) S.
+            d_normaliser = -tl.sum(dx * turned, 1) / normaliser if QUERY else -tl.sum(dy * y, 1)
+            d_key += tl.sum(x * d_normaliser[:, None], 0)
+        if QUERY:
+            if ROTATE:
+                dx = _turn(dx, cos, -sin, BN, BD)
+            if not KEYS and not SUBTRACT:
+                dx += d_normaliser[:, None] * key[None, :]
+            _put_tokens(d_q, dx * scale * _slope(raw, KIND), n, heads * D, N, D, BD)
+    return d_state, d_key, d_value
 
 
 @triton.jit
-def _combine_backward(
-    d_state_part, d_key_part, state, key, d_state, d_key, inner, splits,
-    BD: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr,
+def _key_tokens_backward(
+    k, v, d_k, d_v, table, d_state, d_key, d_value, key, value, query, top, total, average, k_n, v_n, heads,
+    N, start, stop, height, width, root,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr,
+    DOT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of S and the mean key, and for each tile of rows its part of <S, dS> + <mean key, its gradient>."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    d, e = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
-    keys = tl.zeros((ROWS,), tl.float32)
-    rows = tl.zeros((ROWS, BE), tl.float32)
-    for split in range(splits):
-        part = head * splits + split
-        keys += tl.load(d_key_part + part * BD + d)
-        rows += tl.load(d_state_part + (part.to(tl.int64) * BD + d[:, None]) * BE + e[None, :])
-    place = (head * BD + d[:, None]) * BE + e[None, :]
-    tl.store(d_state + place, rows)
-    tl.store(d_key + head * BD + d, keys)
-    products = tl.sum(tl.sum(rows * tl.load(state + place), 1) + keys * tl.load(key + head * BD + d), 0)
-    tl.store(inner + head * tl.num_programs(0) + tile, products)
+    """Gradients of keys and values; returns that of m.
 
-
-@triton.jit
-def _state_backward(
-    k, v, mean, stats, table, d_state, d_key, inner, d_k, d_v, d_mean_part,
-    k_b, k_n, k_h, v_b, v_n, v_h,
-    N, heads, chunk, tiles, height, width, scale,
-    KIND: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr, DOT: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Gradients of keys and values, and parts of that of m."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    batch, place = (head // heads).to(tl.int64), head % heads
-    d, e = tl.arange(0, BD), tl.arange(0, BE)
-    matrix = tl.load(d_state + (head * BD + d[:, None]) * BE + e[None, :])
-    keys = tl.load(d_key + head * BD + d)
-    if WEIGHTS:
-        query = tl.load(mean + head * BD + d) * scale
-        top, total = tl.load(stats + head * 2), tl.load(stats + head * 2 + 1)
-        average = 0.0
-        for tile in range(tiles):
-            average += tl.load(inner + head * tiles + tile)
-        d_query = tl.zeros((BD,), tl.float32)
-    for start in range(split * chunk, tl.minimum(N, (split + 1) * chunk), BN):
-        n = start + tl.arange(0, BN)
-        at = n.to(tl.int64)[:, None]
-        valid_k, valid_v = (n < N)[:, None] & (d < D)[None, :], (n < N)[:, None] & (e < E)[None, :]
-        raw = tl.load(k + batch * k_b + place * k_h + at * k_n + d[None, :], mask=valid_k, other=0.0).to(tl.float32)
-        values = tl.load(v + batch * v_b + place * v_h + at * v_n + e[None, :], mask=valid_v, other=0.0)
-        values = values.to(tl.float32) if DOT > 0 else values
-        x = tl.where(valid_k, _feature(raw, KIND), 0.0)
-        if WEIGHTS:
-            p = tl.exp(tl.sum(x * query[None, :], 1) - top) / total
+    ``average`` is what a softmax takes off its gradients: sum_n p_n dp_n, or in every channel sum_n khat_n dkhat_n.
+    """
+    d_query = tl.zeros((BD,), tl.float32)
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        inside = _inside(n, N, D, BD)
+        raw = _tokens(k, n, k_n, N, D, BD).to(tl.float32)
+        values = _tokens(v, n, v_n, N, E, BE)
+        if SUBTRACT:
+            values = values.to(tl.float32) - value[None, :]
+        dx = _dot(values, tl.trans(d_state), DOT)
+        if KEYS:
+            x = tl.where(inside, tl.exp(raw - key[None, :]), 0.0)
+            weighted = x
         else:
-            p = tl.zeros((BN,), tl.float32) + 1.0 / N
-        dx = _dot(values, tl.trans(matrix), DOT)
-        weighted = x * p[:, None]
+            x = tl.where(inside, _feature(raw, KIND), 0.0)
+            if WEIGHTS:
+                p = tl.exp(tl.sum(x * query[None, :], 1) * root - top) / total
+            else:
+                p = tl.zeros((BN,), tl.float32) + 1.0 / N
+            weighted = x * p[:, None]
+            if SUBTRACT:
+                weighted = (x - key[None, :]) * p[:, None]
         if ROTATE:
-            cos, sin = _angles(table, n, height, width, D, BD)
+            cos, sin = _angles(table, n, height, width, D, BD, BN)
             weighted = _turn(weighted, cos, sin, BN, BD)
             dx = _turn(dx, cos, -sin, BN, BD)
-        dv = _dot(weighted, matrix, DOT)
-        dx += keys[None, :]
-        if WEIGHTS:
-            d_score = tl.where(n < N, p * (tl.sum(dx * x, 1) - average), 0.0)
+        dv = _dot(weighted, d_state, DOT)
+        if SUBTRACT:
+            dv += d_value[None, :] / N
+        elif not KEYS:
+            dx += d_key[None, :]
+        if KEYS:
+            dx = (dx - average[None, :]) * x
+        elif WEIGHTS:
+            d_score = tl.where(n < N, p * (tl.sum(dx * x, 1) - average), 0.0) * root
             dx = dx * p[:, None] + d_score[:, None] * query[None, :]
             d_query += tl.sum(x * d_score[:, None], 0)
         else:
             dx = dx * p[:, None]
-        dx *= _slope(raw, KIND)
-        base = (batch * N + at) * heads + place
-        tl.store(d_k + base * D + d[None, :], dx.to(d_k.dtype.element_ty), mask=valid_k)
-        tl.store(d_v + base * E + e[None, :], dv.to(d_v.dtype.element_ty), mask=valid_v)
-    if WEIGHTS:
-        tl.store(d_mean_part + (head * tl.num_programs(0) + split) * BD + d, d_query * scale)
+        if not KEYS:
+            dx *= _slope(raw, KIND)
+        _put_tokens(d_k, dx, n, heads * D, N, D, BD)
+        _put_tokens(d_v, dv, n, heads * E, N, E, BE)
+    return d_query
 
 
 @triton.jit
-def _query_backward(
-    d_out, q, state, key, table, d_mean_part, d_q,
-    y_b, y_n, y_h, q_b, q_n, q_h,
-    N, heads, chunk, splits, height, width, eps,
-    KIND: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr, DOT: tl.constexpr,
+def _query_tokens_backward(
+    grad, q, gate, d_q, table, state, key, d_query, y_n, q_n, g_n, heads, N, start, stop, height, width, scale, eps,
+    KIND: tl.constexpr, ROTATE: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries, from that of o."""
-    split, head = tl.program_id(0), tl.program_id(1)
-    batch, place = (head // heads).to(tl.int64), head % heads
-    d, e = tl.arange(0, BD), tl.arange(0, BE)
-    matrix = tl.load(state + (head * BD + d[:, None]) * BE + e[None, :])
-    keys = tl.load(key + head * BD + d)
-    if WEIGHTS:
-        d_query = _sum_parts(d_mean_part, head, splits, BD) / N
-    for start in range(split * chunk, tl.minimum(N, (split + 1) * chunk), BN):
-        n = start + tl.arange(0, BN)
-        at = n.to(tl.int64)[:, None]
-        valid = (n < N)[:, None] & (d < D)[None, :]
-        raw = tl.load(q + batch * q_b + place * q_h + at * q_n + d[None, :], mask=valid, other=0.0).to(tl.float32)
-        valid_e = (n < N)[:, None] & (e < E)[None, :]
-        dy = tl.load(d_out + batch * y_b + place * y_h + at * y_n + e[None, :], mask=valid_e, other=0.0).to(tl.float32)
-        x = tl.where(valid, _feature(raw, KIND), 0.0)
-        normaliser = tl.sum(x * keys[None, :], 1) + eps
+    """The gradient of the queries, with that of their mean; division only."""
+    for first in range(start, stop, BN):
+        n = first + tl.arange(0, BN)
+        raw = _tokens(q, n, q_n, N, D, BD).to(tl.float32)
+        dy = _tokens(grad, n, y_n, N, E, BE).to(tl.float32)
+        if GATE:
+            dy *= _tokens(gate, n, g_n, N, E, BE).to(tl.float32)
+        x = tl.where(_inside(n, N, D, BD), _feature(raw, KIND) * scale, 0.0)
+        normaliser = tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
         dy = dy / normaliser[:, None]
         if ROTATE:
-            cos, sin = _angles(table, n, height, width, D, BD)
+            cos, sin = _angles(table, n, height, width, D, BD, BN)
             x = _turn(x, cos, sin, BN, BD)
-        dx = _dot(
-            dy, tl.trans(matrix), DOT
-        )  # of the turned queries, whose product with them is that of dy and R(f(q)) S
+        # The product of dx with the turned queries is that of dy and R(f(q)) S.
+        dx = _dot(dy, tl.trans(state), DOT)
         d_normaliser = -tl.sum(dx * x, 1) / normaliser
         if ROTATE:
             dx = _turn(dx, cos, -sin, BN, BD)
-        dx += d_normaliser[:, None] * keys[None, :]
+        dx += d_normaliser[:, None] * key[None, :] + d_query[None, :]
+        _put_tokens(d_q, dx * scale * _slope(raw, KIND), n, heads * D, N, D, BD)
+
+
+@triton.jit
+def _products(d_state, d_key, state, key, cosine, KEYS: tl.constexpr, ROTATE: tl.constexpr, ROWS: tl.constexpr):
+    """Of some rows of S: their part of sum_n p_n dp_n, or in every channel sum_n khat_n dkhat_n."""
+    if not KEYS:
+        return tl.sum(tl.sum(d_state * state, 1) + d_key * key, 0)
+    elif ROTATE:
+        return tl.sum(d_state * cosine, 1) + _swap_pairs(tl.sum(d_state * (state - cosine), 1), ROWS)
+    else:
+        return tl.sum(d_state * state, 1)
+
+
+# ---- the kernels of long sequences
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _mean(
+    q, part, q_b, q_n, q_h, N, heads, chunk, scale,
+    KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """part[head, split] = sum of f(q) over a chunk."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, stop = split * chunk, tl.minimum(N, (split + 1) * chunk)
+    total = _sum_queries(_head(q, head, heads, q_b, q_h), q_n, N, start, stop, scale, KIND, D, BD, BN)
+    tl.store(part + (head * tl.num_programs(1) + split) * BD + tl.arange(0, BD), total)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _state(
+    k, v, mean_part, table, part, k_b, k_n, k_h, v_b, v_n, v_h, N, heads, chunk, splits_m, height, width, turn_h, root,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr,
+    DOT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Parts of the state and its vectors over a chunk: state, vector of keys, other vector, state times sines."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, stop = split * chunk, tl.minimum(N, (split + 1) * chunk)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
+    k, v = _head(k, head, heads, k_b, k_h), _head(v, head, heads, v_b, v_h)
+    table = _table_of(table, head, heads, turn_h, D)
+    part += (head * tl.num_programs(1) + split) * PART
+    vector, other = part + BD * BE, part + BD * BE + BD
+    where = part + d[:, None] * BE + e[None, :]
+    if KEYS:
+        state, sine, top, total = _scan_keys(
+            k, v, table, k_n, v_n, N, start, stop, height, width, ROTATE, DOT, D, E, BD, BE, BN
+        )
+        tl.store(vector + d, top)
+        tl.store(other + d, total)
+        if ROTATE:
+            tl.store(where + BD * BE + 2 * BD, sine)
+    elif SUBTRACT:
+        state, keys, values = _scan_subtraction(k, v, k_n, v_n, N, start, stop, KIND, DOT, D, E, BD, BE, BN)
+        tl.store(vector + d, keys)
+        tl.store(other + e, values)
+    else:
+        query = tl.zeros((BD,), tl.float32)
         if WEIGHTS:
-            dx += d_query[None, :]
-        dx *= _slope(raw, KIND)
-        tl.store(d_q + ((batch * N + at) * heads + place) * D + d[None, :], dx.to(d_q.dtype.element_ty), mask=valid)
+            query = _sum_parts(mean_part + head * splits_m * BD, splits_m, BD, BD) * (root / N)
+        state, keys, top, total = _scan_division(
+            k, v, query, table, k_n, v_n, N, start, stop, height, width, KIND, WEIGHTS, ROTATE, DOT, D, E, BD, BE, BN
+        )
+        tl.store(vector + d, keys)
+        tl.store(other, top)
+        tl.store(other + 1, total)
+    tl.store(where, state)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _combine(
+    part, mean_part, saved, splits, splits_m, chunk, N,
+    KEYS: tl.constexpr, SUBTRACT: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    PART: tl.constexpr, SAVED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What is saved, from its parts, sixteen at a time; a program puts some rows of S together."""
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s, d, e = tl.arange(0, 16), tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
+    part += head * splits * PART
+    vector, other = part + BD * BE, part + BD * BE + BD
+    rows = tl.zeros((ROWS, BE), tl.float32)
+    turned = tl.zeros((ROWS, BE), tl.float32)
+    keys, values = tl.zeros((ROWS,), tl.float32), tl.zeros((BE,), tl.float32)
+    top = tl.zeros((ROWS,), tl.float32) - 1e38
+    # What has to be known of all parts before the first is added: the highest top, or the means.
+    for first in range(0, splits, 16):
+        here = (first + s < splits)[:, None]
+        place = (first + s).to(tl.int64)[:, None] * PART
+        if SUBTRACT:
+            count = tl.minimum(N - (first + s) * chunk, chunk).to(tl.float32)[:, None] / N
+            keys += tl.sum(tl.load(vector + place + d[None, :], mask=here, other=0.0) * count, 0)
+            values += tl.sum(tl.load(other + place + e[None, :], mask=here, other=0.0) * count, 0)
+        elif KEYS:
+            top = tl.maximum(top, tl.max(tl.load(vector + place + d[None, :], mask=here, other=-1e38), 0))
+        else:
+            at = other + place + tl.zeros((ROWS,), tl.int32)[None, :]
+            top = tl.maximum(top, tl.max(tl.load(at, mask=here, other=-1e38), 0))
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, splits, 16):
+        here = (first + s < splits)[:, None]
+        place = (first + s).to(tl.int64)[:, None] * PART
+        where = place[:, :, None] + d[None, :, None] * BE + e[None, None, :]
+        block = tl.load(part + where, mask=here[:, :, None], other=0.0)
+        if SUBTRACT:
+            count = tl.where(here, tl.minimum(N - (first + s) * chunk, chunk).to(tl.float32)[:, None], 0.0)
+            off_k = tl.load(vector + place + d[None, :], mask=here, other=0.0) - keys[None, :]
+            off_v = tl.load(other + place + e[None, :], mask=here, other=0.0) - values[None, :]
+            rows += tl.sum(block + (off_k * count)[:, :, None] * off_v[:, None, :], 0)
+        else:
+            if KEYS:
+                tops = tl.load(vector + place + d[None, :], mask=here, other=-1e38)
+                totals = tl.load(other + place + d[None, :], mask=here, other=0.0)
+            else:
+                at = other + place + tl.zeros((ROWS,), tl.int32)[None, :]
+                tops = tl.load(at, mask=here, other=-1e38)
+                totals = tl.load(at + 1, mask=here, other=0.0)
+            share = tl.where(here, tl.exp(tops - top[None, :]), 0.0)
+            total += tl.sum(share * totals, 0)
+            rows += tl.sum(share[:, :, None] * block, 0)
+            if KEYS and ROTATE:
+                sines = tl.load(part + where + BD * BE + 2 * BD, mask=here[:, :, None], other=0.0)
+                turned += tl.sum(share[:, :, None] * sines, 0)
+            if not KEYS:
+                keys += tl.sum(share * tl.load(vector + place + d[None, :], mask=here, other=0.0), 0)
+    saved += head * SAVED
+    extra = saved + D * E + D
+    target, inside = d[:, None] * E + e[None, :], (d < D)[:, None] & (e < E)[None, :]
+    if SUBTRACT:
+        rows = rows / N
+        tl.store(extra + e, values, mask=(e < E) & (tile == 0))
+    else:
+        rows = rows / total[:, None]
+        keys = top + tl.log(total) if KEYS else keys / total
+        if KEYS and ROTATE:
+            tl.store(extra + target, rows, mask=inside)
+            rows += _turn_rows(turned / total[:, None], ROWS, BE)
+        if WEIGHTS:
+            query = _sum_parts(mean_part + head * splits_m * BD + tile * ROWS, splits_m, BD, ROWS) / N
+            tl.store(extra + d, query, mask=d < D)
+            one = tl.arange(0, ROWS)
+            tl.store(extra + D + one, tl.where(one == 0, top, total), mask=(one < 2) & (tile == 0))
+    tl.store(saved + target, rows, mask=inside)
+    tl.store(saved + D * E + d, keys, mask=d < D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _read(
+    q, local, gate, out, table, saved, q_b, q_n, q_h, l_b, l_n, l_h, g_b, g_n, g_h,
+    N, heads, chunk, height, width, turn_h, scale, eps,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, ROTATE: tl.constexpr,
+    LOCAL: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SAVED: tl.constexpr,
+):  # fmt: skip
+    """The read-out of a chunk."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, stop = split * chunk, tl.minimum(N, (split + 1) * chunk)
+    saved += head * SAVED
+    value = _vector(saved + D * E + D, E, BE) if SUBTRACT else 0.0
+    _read_tokens(
+        _head(q, head, heads, q_b, q_h), _head(local, head, heads, l_b, l_h), _head(gate, head, heads, g_b, g_h),
+        _head(out, head, heads, N * heads * E, E), _table_of(table, head, heads, turn_h, D),
+        _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD), value, q_n, l_n, g_n, heads * E,
+        N, start, stop, height, width, scale, eps, KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _read_backward(
+    grad, q, local, gate, d_q, d_local, d_gate, table, saved, part,
+    y_b, y_n, y_h, q_b, q_n, q_h, l_b, l_n, l_h, g_b, g_n, g_h, N, heads, chunk, height, width, turn_h, scale, eps,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, ROTATE: tl.constexpr,
+    LOCAL: tl.constexpr, GATE: tl.constexpr, QUERY: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    SAVED: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gate, local term and queries over a chunk; parts of those of S and its vector."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, stop = split * chunk, tl.minimum(N, (split + 1) * chunk)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
+    saved += head * SAVED
+    value = _vector(saved + D * E + D, E, BE) if SUBTRACT else 0.0
+    d_state, d_key, d_value = _read_tokens_backward(
+        _head(grad, head, heads, y_b, y_h), _head(q, head, heads, q_b, q_h), _head(local, head, heads, l_b, l_h),
+        _head(gate, head, heads, g_b, g_h), _head(d_q, head, heads, N * heads * D, D),
+        _head(d_local, head, heads, N * heads * E, E), _head(d_gate, head, heads, N * heads * E, E),
+        _table_of(table, head, heads, turn_h, D), _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD), value,
+        y_n, q_n, l_n, g_n, heads, N, start, stop, height, width, scale, eps,
+        KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, QUERY, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+    part += (head * tl.num_programs(1) + split) * PART
+    tl.store(part + d[:, None] * BE + e[None, :], d_state)
+    if SUBTRACT:
+        tl.store(part + BD * BE + e, d_value)
+    else:
+        tl.store(part + BD * BE + d, d_key)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _combine_backward(
+    part, saved, combined, splits, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, ROTATE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    SAVED: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of S and its vector, and what the softmax takes off: of a channel, or the part of some rows."""
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s, d, e = tl.arange(0, 16), tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
+    part += head * splits * PART
+    rows = tl.zeros((ROWS, BE), tl.float32)
+    for first in range(0, splits, 16):
+        here = (first + s < splits)[:, None, None]
+        where = (first + s).to(tl.int64)[:, None, None] * PART + d[None, :, None] * BE + e[None, None, :]
+        rows += tl.sum(tl.load(part + where, mask=here, other=0.0), 0)
+    combined += head * PART
+    tl.store(combined + d[:, None] * BE + e[None, :], rows)
+    vector = BD * BE
+    if SUBTRACT:
+        if tile == 0:
+            tl.store(combined + vector + e, _sum_parts(part + vector, splits, PART, BE))
+    else:
+        saved += head * SAVED
+        keys = _sum_parts(part + vector + tile * ROWS, splits, PART, ROWS)
+        target, inside = d[:, None] * E + e[None, :], (d < D)[:, None] & (e < E)[None, :]
+        state = tl.load(saved + target, mask=inside, other=0.0)
+        key = tl.load(saved + D * E + d, mask=d < D, other=0.0)
+        cosine = tl.load(saved + D * E + D + target, mask=inside, other=0.0) if KEYS and ROTATE else state
+        products = _products(rows, keys, state, key, cosine, KEYS, ROTATE, ROWS)
+        if KEYS:
+            tl.store(combined + vector + d, products)
+        else:
+            tl.store(combined + vector + d, keys)
+            tl.store(combined + vector + BD + tile, products)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _keys_backward(
+    k, v, d_k, d_v, table, saved, combined, mean_part,
+    k_b, k_n, k_h, v_b, v_n, v_h, N, heads, chunk, height, width, turn_h, root,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr,
+    DOT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    SAVED: tl.constexpr, PART: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values over a chunk; parts of that of m."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, stop = split * chunk, tl.minimum(N, (split + 1) * chunk)
+    saved += head * SAVED
+    combined += head * PART
+    vector, extra = combined + BD * BE, saved + D * E + D
+    d_state = _matrix(combined, BD, BE, BD, BE)
+    key = _vector(saved + D * E, D, BD)
+    d_key = _vector(vector, BD, BD)
+    value = _vector(extra, E, BE) if SUBTRACT else 0.0
+    d_value = _vector(vector, BE, BE) if SUBTRACT else 0.0
+    query = _vector(extra, D, BD) if WEIGHTS else 0.0
+    top = tl.load(extra + D) if WEIGHTS else 0.0
+    total = tl.load(extra + D + 1) if WEIGHTS else 0.0
+    average = d_key
+    if WEIGHTS:
+        average = tl.sum(tl.load(vector + BD + tl.arange(0, TILES)), 0)
+    d_query = _key_tokens_backward(
+        _head(k, head, heads, k_b, k_h), _head(v, head, heads, v_b, v_h), _head(d_k, head, heads, N * heads * D, D),
+        _head(d_v, head, heads, N * heads * E, E), _table_of(table, head, heads, turn_h, D),
+        d_state, d_key, d_value, key, value, query, top, total, average, k_n, v_n, heads,
+        N, start, stop, height, width, root,
+        KIND, KEYS, SUBTRACT, WEIGHTS, ROTATE, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+    if WEIGHTS:
+        tl.store(mean_part + (head * tl.num_programs(1) + split) * BD + tl.arange(0, BD), d_query)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _query_backward(
+    grad, q, gate, d_q, table, saved, mean_part, y_b, y_n, y_h, q_b, q_n, q_h, g_b, g_n, g_h,
+    N, heads, chunk, splits, height, width, turn_h, scale, eps,
+    KIND: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SAVED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the queries over a chunk."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, stop = split * chunk, tl.minimum(N, (split + 1) * chunk)
+    saved += head * SAVED
+    d_query = tl.zeros((BD,), tl.float32)
+    if WEIGHTS:
+        d_query = _sum_parts(mean_part + head * splits * BD, splits, BD, BD) / N
+    _query_tokens_backward(
+        _head(grad, head, heads, y_b, y_h), _head(q, head, heads, q_b, q_h), _head(gate, head, heads, g_b, g_h),
+        _head(d_q, head, heads, N * heads * D, D), _table_of(table, head, heads, turn_h, D),
+        _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD), d_query, y_n, q_n, g_n, heads,
+        N, start, stop, height, width, scale, eps, KIND, ROTATE, GATE, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+
+
+# ---- the kernels of short sequences
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _short(
+    q, k, v, local, gate, out, table, saved,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, l_b, l_n, l_h, g_b, g_n, g_h,
+    N, heads, height, width, turn_h, root, scale, eps,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr,
+    LOCAL: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SAVED: tl.constexpr,
+):  # fmt: skip
+    """The forward pass of a head."""
+    head = tl.program_id(0).to(tl.int64)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
+    q, k, v = _head(q, head, heads, q_b, q_h), _head(k, head, heads, k_b, k_h), _head(v, head, heads, v_b, v_h)
+    table = _table_of(table, head, heads, turn_h, D)
+    saved += head * SAVED
+    extra = saved + D * E + D
+    target, inside = d[:, None] * E + e[None, :], (d < D)[:, None] & (e < E)[None, :]
+    value = 0.0
+    if KEYS:
+        state, sine, top, total = _scan_keys(
+            k, v, table, k_n, v_n, N, 0, N, height, width, ROTATE, DOT, D, E, BD, BE, BN
+        )
+        key = top + tl.log(total)
+        state = state / total[:, None]
+        if ROTATE:
+            tl.store(extra + target, state, mask=inside)
+            state += _turn_rows(sine / total[:, None], BD, BE)
+    elif SUBTRACT:
+        state, key, value = _scan_subtraction(k, v, k_n, v_n, N, 0, N, KIND, DOT, D, E, BD, BE, BN)
+        state = state / N
+        tl.store(extra + e, value, mask=e < E)
+    else:
+        query = tl.zeros((BD,), tl.float32)
+        if WEIGHTS:
+            query = _sum_queries(q, q_n, N, 0, N, scale, KIND, D, BD, BN) / N
+            tl.store(extra + d, query, mask=d < D)
+        state, key, top, total = _scan_division(
+            k, v, query * root, table, k_n, v_n, N, 0, N, height, width, KIND, WEIGHTS, ROTATE, DOT, D, E, BD, BE, BN
+        )
+        state, key = state / total, key / total
+        if WEIGHTS:
+            tl.store(extra + D, top)
+            tl.store(extra + D + 1, total)
+    tl.store(saved + target, state, mask=inside)
+    tl.store(saved + D * E + d, key, mask=d < D)
+    _read_tokens(
+        q, _head(local, head, heads, l_b, l_h), _head(gate, head, heads, g_b, g_h),
+        _head(out, head, heads, N * heads * E, E), table, state, key, value, q_n, l_n, g_n, heads * E,
+        N, 0, N, height, width, scale, eps, KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _short_backward(
+    grad, q, k, v, local, gate, d_q, d_k, d_v, d_local, d_gate, table, saved,
+    y_b, y_n, y_h, q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, l_b, l_n, l_h, g_b, g_n, g_h,
+    N, heads, height, width, turn_h, root, scale, eps,
+    KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, WEIGHTS: tl.constexpr, ROTATE: tl.constexpr,
+    LOCAL: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, SAVED: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of a head."""
+    head = tl.program_id(0).to(tl.int64)
+    grad, q, gate = (
+        _head(grad, head, heads, y_b, y_h),
+        _head(q, head, heads, q_b, q_h),
+        _head(gate, head, heads, g_b, g_h),
+    )
+    d_q = _head(d_q, head, heads, N * heads * D, D)
+    table = _table_of(table, head, heads, turn_h, D)
+    saved += head * SAVED
+    extra = saved + D * E + D
+    state, key = _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD)
+    value = _vector(extra, E, BE) if SUBTRACT else 0.0
+    d_state, d_key, d_value = _read_tokens_backward(
+        grad, q, _head(local, head, heads, l_b, l_h), gate, d_q, _head(d_local, head, heads, N * heads * E, E),
+        _head(d_gate, head, heads, N * heads * E, E), table, state, key, value, y_n, q_n, l_n, g_n, heads,
+        N, 0, N, height, width, scale, eps,
+        KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, not WEIGHTS, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+    query = _vector(extra, D, BD) if WEIGHTS else 0.0
+    top = tl.load(extra + D) if WEIGHTS else 0.0
+    total = tl.load(extra + D + 1) if WEIGHTS else 0.0
+    cosine = _matrix(extra, D, E, BD, BE) if KEYS and ROTATE else state
+    average = _products(d_state, d_key, state, key, cosine, KEYS, ROTATE, BD)
+    d_query = _key_tokens_backward(
+        _head(k, head, heads, k_b, k_h), _head(v, head, heads, v_b, v_h), _head(d_k, head, heads, N * heads * D, D),
+        _head(d_v, head, heads, N * heads * E, E), table,
+        d_state, d_key, d_value, key, value, query, top, total, average, k_n, v_n, heads,
+        N, 0, N, height, width, root, KIND, KEYS, SUBTRACT, WEIGHTS, ROTATE, DOT, D, E, BD, BE, BN,
+    )  # fmt: skip
+    if WEIGHTS:
+        _query_tokens_backward(
+            grad, q, gate, d_q, table, state, key, d_query / N, y_n, q_n, g_n, heads,
+            N, 0, N, height, width, scale, eps, KIND, ROTATE, GATE, DOT, D, E, BD, BE, BN,
+        )  # fmt: skip
+
+
+# ---- launchers
 
 
 @functools.lru_cache(maxsize=64)
-def _table(height: int, width: int, dim: int, base: float, device: torch.device) -> Tensor:
-    """Cosines and sines of rows, then of columns: (height + width, dim / 4, 2); a few kilobytes."""
+def _table(settings: Settings, heads: int, dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines of rows, then of columns: (heads or 1, height + width, dim / 4, 2); a few kilobytes."""
     quarter = dim // 4
-    rows = rotary_angles(height, 1, dim, base, device)[:, :quarter]
-    columns = rotary_angles(1, width, dim, base, device)[:, quarter:]
-    angles = torch.cat([rows, columns])
-    return torch.stack([angles.cos(), angles.sin()], -1).contiguous()
+
+    def angles(height: int, width: int) -> Tensor:
+        base, across_heads = settings.rotary_base, settings.rotary_across_heads
+        of_all = angles_of_heads(height, width, heads, dim, base, across_heads, device, torch.float32)
+        return of_all.view(-1, height * width, dim // 2)
+
+    rows, columns = angles(settings.height, 1)[..., :quarter], angles(1, settings.width)[..., quarter:]
+    both = torch.cat([rows, columns], dim=1)
+    return torch.stack([both.cos(), both.sin()], dim=-1).contiguous()
+
+
+def _block(BD: int, BE: int, dtype: torch.dtype, short: bool) -> tuple[int, int]:
+    """Tokens of a block, and its warps: as many tokens as no register spills for.
+
+    Products of float16 numbers are taken of float32 ones, and those of float32 numbers not on tensor cores.
+    """
+    numbers = {torch.bfloat16: 4096, torch.float16: 2048}.get(dtype, 1024) // (2 if short else 1)
+    return min(64, max(16, numbers // max(BD, BE))), 8
 
 
 class _Plan:
-    """Block sizes, splits and constants of a call; only the grid depends on the number of tokens."""
+    """Block sizes, splits and constants of calls with the same shapes; only the grid depends on the tokens."""
 
-    def __init__(self, q: Tensor, v: Tensor, settings: Settings) -> None:
-        batch, self.N, self.heads, D = q.shape
-        E = v.shape[-1]
-        self.BD, self.BE = (max(16, triton.next_power_of_2(x)) for x in (D, E))
-        # With 8 warps no register spills for bfloat16 heads of 64. Products of float16 numbers are taken of float32
-        # ones, so they need as much shared memory as those of float32.
-        self.BN = 64 if max(self.BD, self.BE) <= 64 or q.dtype == torch.bfloat16 else 32
-        self.count = batch * self.heads
-        blocks = triton.cdiv(self.N, self.BN)
-        self.splits = min(blocks, max(1, PROGRAMS // self.count), 64)
-        self.chunk = triton.cdiv(blocks, self.splits) * self.BN
-        self.splits = triton.cdiv(self.N, self.chunk)
-        self.grid = (self.splits, self.count)
-        self.rows = 16
-        self.tiles = self.BD // self.rows
-        rotate = settings.height > 0
-        self.table = _table(settings.height, settings.width, D, settings.rotary_base, q.device) if rotate else q
+    def __init__(
+        self,
+        shape: torch.Size,
+        E: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: Settings,
+        local: bool,
+        gate: bool,
+    ) -> None:
+        batch, N, heads, D = shape
+        BD, BE = (max(16, triton.next_power_of_2(x)) for x in (D, E))
+        count = batch * heads
+        longest = SHORT_TOKENS_OF_MANY if count >= MANY_HEADS else SHORT_TOKENS
+        self.short = longest >= N and max(BD, BE) <= 64  # registers spill with more
+        self.queries_at_once = not settings.token_weights
+        BN, warps = _block(BD, BE, dtype, self.short)
+        blocks = triton.cdiv(N, BN)
+        chunk = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // count), MAX_SPLITS)) * BN
+        self.splits = triton.cdiv(N, chunk)
+        rows = 2 if BE > 64 else 4
+        self.heads, self.grid, self.tiles = (count,), (count, self.splits), (count, BD // rows)
+        keys, rotate = settings.normalisation == "keys", settings.height > 0
+        self.table = _table(settings, heads, D, device) if rotate else None
+        turn = self.table.stride(0) if settings.rotary_across_heads and rotate else 0
+        self.tokens, self.map = (N, heads, chunk), (settings.height, settings.width, turn)
+        self.root = D**-0.5
+        part_size = BD * BE + max(2 * BD, BD + BE) + (BD * BE if keys and rotate else 0)
+        self.saved = (batch, heads, settings.saved_size(D, E))
+        self.parts, self.combined = (count, self.splits, part_size), (count, part_size)
+        self.mean_parts = (count, self.splits, BD)
+
         # Triton's interpreter, on the CPU, has no bfloat16 products.
-        dot = {torch.bfloat16: 0, torch.float16: 1}.get(q.dtype, 2) if q.is_cuda else 2
-        sizes = {"D": D, "E": E, "BD": self.BD, "BE": self.BE, "BN": self.BN}
-        self.constants = {"KIND": KINDS[settings.feature_map], "ROTATE": rotate, "DOT": dot, **sizes, "num_warps": 8}
-        self.place = (settings.height, settings.width)
-        self.scale = D**-0.5
+        dot = {torch.bfloat16: 0, torch.float16: 1}.get(dtype, 2) if device.type == "cuda" else 2
+        sizes = {"D": D, "E": E, "BD": BD, "BE": BE}
+        form = {"KEYS": keys, "SUBTRACT": settings.normalisation == "subtraction", "ROTATE": rotate}
+        tokens = {"KIND": KINDS[settings.feature_map], "DOT": dot, "BN": BN, "num_warps": warps, **sizes}
+        weights, terms = {"WEIGHTS": settings.token_weights}, {"LOCAL": local, "GATE": gate}
+        saved, part = {"SAVED": self.saved[2]}, {"PART": part_size}
+        rows_of_states = {"ROWS": rows, "num_warps": 4}
+        self.of_mean = {key: tokens[key] for key in ("KIND", "D", "BD", "BN", "num_warps")}
+        self.of_state = {**tokens, **form, **weights, **part}
+        self.of_combine = {**sizes, **form, **weights, **saved, **part, **rows_of_states}
+        self.of_read = {**tokens, **form, **terms, **saved}
+        self.of_short = {**self.of_read, **weights}
+        self.of_read_backward = {**self.of_read, **part, "QUERY": self.queries_at_once}
+        self.of_combine_backward = {**sizes, **form, **saved, **part, **rows_of_states}
+        self.of_keys_backward = {**tokens, **form, **weights, **saved, **part, "TILES": BD // rows}
+        self.of_query_backward = {**tokens, **weights, **saved, "ROTATE": rotate, "GATE": gate and not local}
 
-    def empty(self, like: Tensor, *shape: int) -> Tensor:
-        return torch.empty(shape, device=like.device, dtype=torch.float32)
+
+_plan = functools.lru_cache(maxsize=256)(_Plan)
 
 
-def _unit(x: Tensor) -> Tensor:
+def _plan_of(q: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings) -> _Plan:
+    return _plan(q.shape, v.shape[-1], q.dtype, q.device, settings, local is not None, gate is not None)
+
+
+def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty(shape, device=device, dtype=torch.float32)
+
+
+def _unit(x: Tensor | None) -> Tensor | None:
     """The tensor with neighbouring channels neighbouring in memory, as the kernels need."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _states(q: Tensor, k: Tensor, v: Tensor, plan: _Plan, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, mean key, m, and maximum and sum of the softmax."""
-    mean_part, sizes = q, {key: plan.constants[key] for key in ("KIND", "D", "BD", "BN", "num_warps")}
-    if settings.token_weights:
-        mean_part = plan.empty(q, plan.count, plan.splits, plan.BD)
-        _mean[plan.grid](q, mean_part, *_strides(q), plan.N, plan.heads, plan.chunk, **sizes)
-    state_part, key_part, stats_part = (
-        plan.empty(q, plan.count, plan.splits, size) for size in (plan.BD * plan.BE, plan.BD, 2)
-    )
-    weights = {"WEIGHTS": settings.token_weights}
-    _state[plan.grid](
-        k, v, mean_part, plan.table, state_part, key_part, stats_part, *_strides(k), *_strides(v),
-        plan.N, plan.heads, plan.chunk, plan.splits, *plan.place, plan.scale, **weights, **plan.constants,
-    )  # fmt: skip
-    state, key, mean, stats = (plan.empty(q, plan.count, size) for size in (plan.BD * plan.BE, plan.BD, plan.BD, 2))
-    _combine[(plan.tiles, plan.count)](
-        state_part, key_part, stats_part, mean_part, state, key, stats, mean, plan.splits, plan.splits, plan.N,
-        **weights, BD=plan.BD, BE=plan.BE, ROWS=plan.rows,
-    )  # fmt: skip
-    return state, key, mean, stats
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings) -> Tensor:
-    """As ``linear_attention``."""
-    q, k, v = _unit(q), _unit(k), _unit(v)
-    local, gate = (x if x is None else _unit(x) for x in (local, gate))
-    plan = _Plan(q, v, settings)
-    state, key, _, _ = _states(q, k, v, plan, settings)
-    out = q.new_empty(v.shape)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The result of ``linear_attention``, and what the backward pass needs."""
+    q, k, v, local, gate = map(_unit, (q, k, v, local, gate))
+    plan = _plan_of(q, v, local, gate, settings)
+    table = q if plan.table is None else plan.table
+    out, saved = q.new_empty(v.shape), _numbers(plan.saved, q.device)
     terms = (q if local is None else local, q if gate is None else gate)
-    _read[plan.grid](
-        q, state, key, plan.table, *terms, out, *_strides(q), *_strides(terms[0]), *_strides(terms[1]),
-        plan.N, plan.heads, plan.chunk, *plan.place, settings.eps,
-        LOCAL=local is not None, GATE=gate is not None, **plan.constants,
+    N, heads, chunk = plan.tokens
+    factors = (settings.scale, settings.eps)
+    if plan.short:
+        _short[plan.heads](
+            q, k, v, *terms, out, table, saved, *_strides(q, k, v, *terms),
+            N, heads, *plan.map, plan.root, *factors, **plan.of_short,
+        )  # fmt: skip
+        return out, saved
+    mean_part = q
+    if settings.token_weights:
+        mean_part = _numbers(plan.mean_parts, q.device)
+        _mean[plan.grid](q, mean_part, *_strides(q), *plan.tokens, settings.scale, **plan.of_mean)
+    part = _numbers(plan.parts, q.device)
+    _state[plan.grid](
+        k, v, mean_part, table, part, *_strides(k, v), *plan.tokens, plan.splits, *plan.map, plan.root,
+        **plan.of_state,
     )  # fmt: skip
-    return out
+    _combine[plan.tiles](part, mean_part, saved, plan.splits, plan.splits, chunk, N, **plan.of_combine)
+    _read[plan.grid](
+        q, *terms, out, table, saved, *_strides(q, *terms), *plan.tokens, *plan.map, *factors, **plan.of_read
+    )
+    return out, saved
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings
+    grad: Tensor,
+    saved: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor | None,
+    gate: Tensor | None,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, local and gate; of what is None an empty tensor."""
-    grad, q, k, v = _unit(grad), _unit(q), _unit(k), _unit(v)
-    local, gate = (x if x is None else _unit(x) for x in (local, gate))
-    plan = _Plan(q, v, settings)
-    state, key, mean, stats = _states(q, k, v, plan, settings)
-    d_q, d_k = (torch.empty(q.shape, device=q.device, dtype=q.dtype) for _ in range(2))
-    d_v, d_local, d_gate = (
-        q.new_empty(0) if x is None else torch.empty(v.shape, device=q.device, dtype=x.dtype) for x in (v, local, gate)
+    grad, q, k, v, local, gate = map(_unit, (grad, q, k, v, local, gate))
+    saved = saved.contiguous()
+    plan = _plan_of(q, v, local, gate, settings)
+    table = q if plan.table is None else plan.table
+    grads = d_q, d_k, d_v, d_local, d_gate = tuple(
+        q.new_empty(0) if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
+        for x in (q, k, v, local, gate)
     )
-    # With a gate alone, what reaches o is not written by itself: it goes where the gradient of a local term would.
-    d_out = torch.empty(v.shape, device=q.device, dtype=q.dtype) if local is None and gate is not None else d_local
-    d_out = grad if local is None and gate is None else d_out
-    d_state_part, d_key_part = (plan.empty(q, plan.count, plan.splits, n) for n in (plan.BD * plan.BE, plan.BD))
     terms = (q if local is None else local, q if gate is None else gate)
-    flags = {"LOCAL": local is not None, "GATE": gate is not None}
+    N, heads, chunk = plan.tokens
+    factors = (settings.scale, settings.eps)
+    if plan.short:
+        _short_backward[plan.heads](
+            grad, q, k, v, *terms, *grads, table, saved, *_strides(grad, q, k, v, *terms),
+            N, heads, *plan.map, plan.root, *factors, **plan.of_short,
+        )  # fmt: skip
+        return grads
+    part = _numbers(plan.parts, q.device)
     _read_backward[plan.grid](
-        grad, q, state, key, plan.table, *terms, d_out, d_gate, d_state_part, d_key_part,
-        *_strides(grad), *_strides(q), *_strides(terms[0]), *_strides(terms[1]),
-        plan.N, plan.heads, plan.chunk, *plan.place, settings.eps, WRITE=d_out is not grad, **flags, **plan.constants,
+        grad, q, *terms, d_q, d_local, d_gate, table, saved, part, *_strides(grad, q, *terms),
+        *plan.tokens, *plan.map, *factors, **plan.of_read_backward,
     )  # fmt: skip
-    d_state, d_key = plan.empty(q, plan.count, plan.BD * plan.BE), plan.empty(q, plan.count, plan.BD)
-    inner = plan.empty(q, plan.count, plan.tiles)
-    _combine_backward[(plan.tiles, plan.count)](
-        d_state_part, d_key_part, state, key, d_state, d_key, inner, plan.splits,
-        BD=plan.BD, BE=plan.BE, ROWS=plan.rows,
+    combined = _numbers(plan.combined, q.device)
+    _combine_backward[plan.tiles](part, saved, combined, plan.splits, **plan.of_combine_backward)
+    mean_part = _numbers(plan.mean_parts, q.device) if settings.token_weights else q
+    _keys_backward[plan.grid](
+        k, v, d_k, d_v, table, saved, combined, mean_part, *_strides(k, v), *plan.tokens, *plan.map, plan.root,
+        **plan.of_keys_backward,
     )  # fmt: skip
-    weights = {"WEIGHTS": settings.token_weights}
-    d_mean_part = plan.empty(q, plan.count, plan.splits, plan.BD)
-    _state_backward[plan.grid](
-        k, v, mean, stats, plan.table, d_state, d_key, inner, d_k, d_v, d_mean_part, *_strides(k), *_strides(v),
-        plan.N, plan.heads, plan.chunk, plan.tiles, *plan.place, plan.scale, **weights, **plan.constants,
-    )  # fmt: skip
-    _query_backward[plan.grid](
-        d_out, q, state, key, plan.table, d_mean_part, d_q, *_strides(d_out), *_strides(q),
-        plan.N, plan.heads, plan.chunk, plan.splits, *plan.place, settings.eps, **weights, **plan.constants,
-    )  # fmt: skip
-    return d_q, d_k, d_v, d_local, d_gate
+    if not plan.queries_at_once:
+        # The gradient of a local term is that of o.
+        d_out, times = (grad, terms[1]) if local is None else (d_local, q)
+        _query_backward[plan.grid](
+            d_out, q, times, d_q, table, saved, mean_part, *_strides(d_out, q, times),
+            N, heads, chunk, plan.splits, *plan.map, *factors, **plan.of_query_backward,
+        )  # fmt: skip
+    return grads

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from zoo.checkpoints import create_model
-from zoo.tools.benchmark_models import build
+from zoo.measure import build
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"

@@ -18,7 +18,8 @@ golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 
 NAMES = {"RAVLT_T": "ravlt_tiny", "RAVLT_S": "ravlt_small", "RAVLT_B": "ravlt_base", "RAVLT_L": "ravlt_large"}
-FILES = {NAMES.get(path.stem, path.stem): path for path in sorted(GOLDEN.glob("*/*.json"))}
+CLASSIFIERS = [path for path in sorted(GOLDEN.glob("*/*.json")) if path.parent.name not in ("dense", "mllm")]
+FILES = {NAMES.get(path.stem, path.stem): path for path in CLASSIFIERS}
 
 
 def weights(name):

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo  # noqa: F401  (registers the models)
-from zoo.backbones import lightnet
-from zoo.backbones.lightnet import ToeplitzEncoding, additive_attention
+from zoo.backbones.lightnet import ToeplitzEncoding
 from zoo.catalogue import CATALOGUE
+from zoo.kernels import linear_attention
+from zoo.kernels.rotary import rotary_angles_across_heads, rotate
 
 B, H, W, HEADS, D = 2, 5, 7, 3, 8
 N = H * W
@@ -27,11 +28,9 @@ def qkv():
     return q, 3 * k, v
 
 
-@pytest.fixture
-def no_positions(monkeypatch):
-    """MD-LRPE with all angles 0."""
-    real = lightnet.lrpe_angles
-    monkeypatch.setattr(lightnet, "lrpe_angles", lambda *arguments: real(*arguments) * 0)
+def attention(q, k, v, grid=(H, W)):
+    """The model's, of queries that are mapped; without MD-LRPE if the grid is None."""
+    return linear_attention(q, k, v, "identity", grid=grid, normalisation="keys", rotary_across_heads=True)
 
 
 def scan(k, v, order):
@@ -59,36 +58,36 @@ def read(q, states):
 
 
 @pytest.mark.parametrize("order", [ROWS, COLUMNS], ids=["row by row", "column by column"])
-def test_one_scan_equals_scans_in_both_directions(qkv, no_positions, order):
+def test_one_scan_equals_scans_in_both_directions(qkv, order):
     """One scan has what is before a token, the other what is after it, and both have the token itself."""
     q, k, v = qkv
     (g_forth, forth), (g_back, back), own = scan(k, v, order), scan(k, v, order[::-1]), k.exp()
     numerator = g_forth[..., None] * forth + g_back[..., None] * back - own[..., None] * v[:, :, :, None]
     expected = read(q, numerator / (g_forth + g_back - own)[..., None])
     assert (expected - read(q, forth)).abs().max() > 0.1  # a causal scan alone would not do
-    assert_close(additive_attention(q, k, v, H, W), expected, rtol=1e-10, atol=1e-10)
+    assert_close(attention(q, k, v, None), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("order", [ROWS, ROWS[::-1], COLUMNS, COLUMNS[::-1]])
-def test_one_scan_ends_in_the_same_state_whatever_its_order(qkv, no_positions, order):
+def test_one_scan_ends_in_the_same_state_whatever_its_order(qkv, order):
     q, k, v = qkv
     last = scan(k, v, order)[1][:, order[-1]]
-    assert_close(additive_attention(q, k, v, H, W), torch.einsum("bnhd,bhde->bnhe", q, last), rtol=1e-10, atol=1e-10)
+    assert_close(attention(q, k, v, None), torch.einsum("bnhd,bhde->bnhe", q, last), rtol=1e-10, atol=1e-10)
 
 
 def test_large_logits_do_not_overflow(qkv):
     q, k, v = (x.float() for x in qkv)
-    shifted = additive_attention(q, k + 200, v, H, W)  # exp(200) is infinite
-    assert_close(shifted, additive_attention(q, k, v, H, W), rtol=1e-3, atol=1e-4)
+    shifted = attention(q, k + 200, v)  # exp(200) is infinite
+    assert_close(shifted, attention(q, k, v), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_float32_also_under_autocast(dtype):
     """Rounding the inputs once is the only error, with 4096 tokens of nearly the same weight."""
     q, k, v = torch.randn(3, 1, 4096, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = additive_attention(q.double(), k.double(), v.double(), 64, 64)
+    expected = attention(q.double(), k.double(), v.double(), (64, 64))
     with torch.autocast("cpu", torch.bfloat16):
-        found = additive_attention(q, k, v, 64, 64)
+        found = attention(q, k, v, (64, 64))
     assert found.dtype == dtype
     half_a_step = torch.finfo(dtype).eps / 2
     assert_close(found.double(), expected, rtol=1.01 * half_a_step, atol=1e-6)
@@ -97,17 +96,17 @@ def test_sums_are_float32_also_under_autocast(dtype):
 # ---- permutations
 
 
-def test_tokens_may_be_permuted_without_positions(qkv, no_positions):
+def test_tokens_may_be_permuted_without_positions(qkv):
     q, k, v = qkv
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    expected = additive_attention(q, k, v, H, W)[:, order]
-    assert_close(additive_attention(q[:, order], k[:, order], v[:, order], H, W), expected)
+    expected = attention(q, k, v, None)[:, order]
+    assert_close(attention(q[:, order], k[:, order], v[:, order], None), expected)
 
 
 def test_positions_tell_permutations_apart(qkv):
     q, k, v = qkv
-    expected = additive_attention(q, k, v, H, W).flip(1)
-    assert (additive_attention(q.flip(1), k, v, H, W) - expected).abs().max() > 0.1
+    expected = attention(q, k, v).flip(1)
+    assert (attention(q.flip(1), k, v) - expected).abs().max() > 0.1
 
 
 def swap_halves_of_heads(x):
@@ -119,9 +118,9 @@ def test_axes_of_the_attention_may_be_permuted(qkv):
     """The map transposed, with the halves of the heads swapped, gives the transposed result: no axis comes first."""
     turned = [x.unflatten(1, (H, W)).transpose(1, 2).flatten(1, 2) for x in qkv]
     q, k, v = swap_halves_of_heads(turned[0]), swap_halves_of_heads(turned[1]), turned[2]
-    expected = additive_attention(*qkv, H, W).unflatten(1, (H, W)).transpose(1, 2).flatten(1, 2)
-    assert_close(additive_attention(q, k, v, W, H), expected)
-    assert (additive_attention(*turned, W, H) - expected).abs().max() > 0.1
+    expected = attention(*qkv).unflatten(1, (H, W)).transpose(1, 2).flatten(1, 2)
+    assert_close(attention(q, k, v, (W, H)), expected)
+    assert (attention(*turned, (W, H)) - expected).abs().max() > 0.1
 
 
 @torch.inference_mode()
@@ -178,7 +177,7 @@ def test_lrpe_by_its_definition(qkv):
         return result
 
     scores = torch.einsum("bnhd,bmhd->bhnm", turned(q), turned(k.exp() / k.exp().sum(1, keepdim=True)))
-    assert_close(additive_attention(q, k, v, H, W), torch.einsum("bhnm,bmhe->bnhe", scores, v), rtol=1e-9, atol=1e-9)
+    assert_close(attention(q, k, v), torch.einsum("bhnm,bmhe->bnhe", scores, v), rtol=1e-9, atol=1e-9)
 
 
 def test_lrpe_depends_on_distances_only():
@@ -201,8 +200,8 @@ def test_lrpe_depends_on_distances_only():
 
 def pair_scores(q, k, height, width):
     """Scores (height, width, height, width, heads) of one query and one key, at all places."""
-    angles = lightnet.lrpe_angles(height, width, HEADS, D, q.device, q.dtype)
-    turned = [lightnet.rotate(x[:, None], angles.cos(), angles.sin()) for x in (q, k)]
+    angles = rotary_angles_across_heads(height, width, HEADS, D, 10000.0, q.device, q.dtype)
+    turned = [rotate(x[:, None], angles.cos(), angles.sin()) for x in (q, k)]
     scores = torch.einsum("hnd,hmd->nmh", *turned)
     return scores.view(height, width, height, width, HEADS)
 
@@ -244,7 +243,7 @@ def test_a_block_by_its_definition():
     y = normed(x, block.norm1.weight)
     q, k, v = (y @ weight.T for weight in mixer.qkv.weight.chunk(3))
     q, k, v = (t.reshape(B, N, heads, dim // heads) for t in (silu(q), k, v))
-    out = additive_attention(q, k, v, H, W).reshape(x.shape)
+    out = attention(q, k, v).reshape(x.shape)
     gate = silu(y @ mixer.gate[0].weight.T @ mixer.gate[1].weight.T)
     x1 = x + (normed(out, mixer.norm.weight) * gate) @ mixer.proj.weight.T
     w1, w2 = mlp.fc1.weight.chunk(2)

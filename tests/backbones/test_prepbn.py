@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import reparameterize_model
 from torch import nn
 from torch.testing import assert_close
 
-from zoo.backbones.layers.prepbn import PRepBN, RepBN, replace_layer_norms, set_prep_progress
+import zoo
+from zoo.backbones.layers.prepbn import ChannelAffine, PRepBN, RepBN, replace_layer_norms, set_prep_progress
 
 
 def awaken(model):
@@ -80,7 +82,39 @@ def test_replace_layer_norms_of_a_timm_model():
     assert_close(model(x), expected)
     set_prep_progress(model, 10, 10)
     assert (model(x) - expected).abs().max() > 1e-3
-    model.eval()
-    assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="has no layer norm"):
         replace_layer_norms(nn.Linear(2, 2))
+
+
+def test_a_vit_of_timm_trains_from_layer_norm_to_batch_norm_and_fuses():
+    """DeiT-T's layers, a few of them: it learns all the way, and at inference every norm is one affine map."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=4)
+    model = replace_layer_norms(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    losses = []
+    for step in range(12):
+        set_prep_progress(model, step, 8)
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()
+    fused = zoo.fuse(model)
+    norms = (nn.LayerNorm, nn.BatchNorm1d, RepBN, PRepBN)
+    assert not any(isinstance(module, norms) for module in fused.modules())
+    assert sum(isinstance(module, ChannelAffine) for module in fused.modules()) == 7
+    with torch.no_grad():
+        assert model(x).std() > 0.1
+        assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_other_dimensions_stay():
+    """timm's layer norm of maps (B, C, H, W) is a subclass of torch's, but not over the last dimension."""
+    model = replace_layer_norms(timm.create_model("test_convnext"))
+    assert any(isinstance(module, PRepBN) for module in model.modules())
+    assert any(isinstance(module, LayerNorm2d) for module in model.modules())
+    assert model.train()(torch.randn(2, 3, 64, 64)).shape == (2, 1000)

@@ -59,6 +59,73 @@ def test_values_and_gradients(K, stride, dilation, residual, with_bias, close, g
         close(grad, exact)
 
 
+EPILOGUES = [("gelu", False), ("gelu", True), ("silu", True), ("none", True)]
+
+
+def gate_of(B=2, H=9, W=10, C=6, dtype=torch.float32):
+    """Not contiguous."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(B, H, W, 2 * C, generator=generator, dtype=torch.float64).to(dtype)[..., C:]
+
+
+@pytest.mark.parametrize(("activation", "gated"), EPILOGUES)
+def test_the_order_of_the_definition_is_bias_residual_activation_gate(activation, gated):
+    x, weight, bias = inputs(dtype=torch.float64)
+    gate = gate_of(dtype=torch.float64) if gated else None
+    expected = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, 1, 1, 1, 6).permute(0, 2, 3, 1) + x
+    expected = {"none": lambda y: y, "gelu": F.gelu, "silu": F.silu}[activation](expected)
+    expected = expected * gate if gated else expected
+    result = depthwise_conv2d_reference(x, weight, bias, 1, 1, True, activation, gate)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "stride", "dilation", "residual"), [(3, 1, 1, True), (3, 2, 1, False), (7, 1, 3, False)])
+@pytest.mark.parametrize(("activation", "gated"), EPILOGUES)
+def test_activation_and_gate(activation, gated, K, stride, dilation, residual, dtype, close, gradients):
+    tensors = inputs(K=K, dtype=dtype)
+    if gated:
+        tensors.append(gate_of(H=-(-9 // stride), W=-(-10 // stride), dtype=dtype))
+
+    def run(function):
+        def of(x, weight, bias, gate=None):
+            y = function(x, weight, bias, stride, dilation, residual, activation, gate)
+            return y.to(dtype)  # so that the cotangents are the same numbers
+
+        return of
+
+    y, grads = gradients(run(depthwise_conv2d), *tensors)
+    exact_y, exact_grads = gradients(run(depthwise_conv2d_reference), *(x.double() for x in tensors))
+    assert y.is_contiguous() and y.dtype == dtype
+    close(y, exact_y)
+    for grad, exact, tensor in zip(grads, exact_grads, tensors, strict=True):
+        assert grad.dtype == tensor.dtype
+        close(grad, exact)
+
+
+@pytest.mark.parametrize(("activation", "gated"), EPILOGUES)
+def test_gradcheck_of_activation_and_gate(activation, gated):
+    tensors = inputs(B=1, H=4, W=5, C=2, dtype=torch.float64)
+    tensors += [gate_of(B=1, H=4, W=5, C=2, dtype=torch.float64)] if gated else []
+    leaves = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(
+        lambda x, w, b, gate=None: depthwise_conv2d(x, w, b, 1, 1, True, activation, gate), leaves
+    )
+
+
+def test_a_gate_of_another_dtype_and_without_a_gradient(close):
+    """The result has the dtype of x; a float32 gate is not rounded before it multiplies."""
+    x, weight, bias = (t.requires_grad_() for t in inputs(dtype=torch.bfloat16))
+    gate = gate_of()
+    y = depthwise_conv2d(x, weight, bias, activation="silu", gate=gate)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous()
+    exact = depthwise_conv2d_reference(*(t.double() for t in (x, weight, bias)), activation="silu", gate=gate.double())
+    close(y, exact.detach())
+    (grad,) = torch.autograd.grad(y.float().sum(), x)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), x)
+    close(grad, exact_grad)
+
+
 @pytest.mark.parametrize(("K", "stride", "dilation", "residual"), [(3, 1, 1, True), (3, 2, 1, False), (5, 1, 3, False)])
 def test_gradcheck(K, stride, dilation, residual):
     leaves = [x.requires_grad_() for x in inputs(B=1, H=4, W=5, C=2, K=K, dtype=torch.float64)]
@@ -109,10 +176,12 @@ def test_half_precision_input_with_float32_weights():
 
 def test_no_pictures():
     x, weight, bias = (t.requires_grad_() for t in inputs(B=0))
-    y = depthwise_conv2d(x, weight, bias, 2)
+    gate = torch.zeros(0, 5, 5, 6).requires_grad_()
+    y = depthwise_conv2d(x, weight, bias, 2, activation="gelu", gate=gate)
     assert y.shape == (0, 5, 5, 6)
     y.sum().backward()
-    assert x.grad.shape == x.shape and not weight.grad.any() and not bias.grad.any()
+    assert x.grad.shape == x.shape and gate.grad.shape == gate.shape
+    assert not weight.grad.any() and not bias.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +196,9 @@ def test_no_pictures():
         ({"stride": 3}, "stride is 3"),
         ({"dilation": 0}, "dilation 0"),
         ({"stride": 2, "residual": True}, "residual needs stride 1"),
+        ({"activation": "relu"}, "activation is 'relu', expected one of none, gelu, silu"),
+        ({"gate": torch.zeros(2, 9, 10, 1)}, r"gate has shape \(2, 9, 10, 1\), expected \(B, ceil"),
+        ({"gate": torch.zeros(2, 9, 10, 6), "stride": 2}, "gate has shape"),
     ],
 )
 def test_wrong_arguments(change, message):
@@ -135,11 +207,16 @@ def test_wrong_arguments(change, message):
         depthwise_conv2d(**{"x": x, "weight": weight, "bias": bias, **change})
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_opcheck(with_bias):
+@pytest.mark.parametrize(("activation", "gated"), [("none", False), *EPILOGUES])
+def test_opcheck(activation, gated):
     x, weight, bias = (t.requires_grad_() for t in inputs())
-    arguments = (x, weight, bias if with_bias else None, 1, 3, True)
+    gate = gate_of().requires_grad_() if gated else None
+    arguments = (x, weight, None if gated else bias, 1, 3, True, activation, gate)
     torch.library.opcheck(torch.ops.zoo.depthwise_conv2d.default, arguments)
+    arguments = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    torch.library.opcheck(torch.ops.zoo.depthwise_conv2d_epilogue_backward.default, (gate_of(), *arguments))
+    arguments = (gate_of(), x.detach(), weight.detach(), not gated, 1, 3, True)
+    torch.library.opcheck(torch.ops.zoo.depthwise_conv2d_backward.default, arguments)
 
 
 def test_flops_equal_the_hand_formula():
@@ -150,3 +227,10 @@ def test_flops_equal_the_hand_formula():
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 4 * (2 * 5 * 5 * 6) * 25
+
+
+def test_an_activation_costs_the_convolution_once_more_in_the_backward_pass():
+    x, weight, bias = (t.requires_grad_() for t in inputs(K=5))
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv2d(x, weight, bias, activation="gelu").sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * (2 * 9 * 10 * 6) * 25

@@ -6,20 +6,43 @@ import pytest
 import torch
 
 from zoo.kernels import depthwise_conv2d
-from zoo.kernels.dispatch import select_backend, triton_backend
+from zoo.kernels.dispatch import _missing, select_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BOTH = {"torch": "torch", "triton": "triton"}
 
 
+@pytest.fixture(autouse=True)
+def asked_anew(monkeypatch):
+    """A machine with Triton and a GPU for it, unless a test says otherwise."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    _missing.cache_clear()
+    yield
+    _missing.cache_clear()
+
+
 def test_auto(monkeypatch):
     monkeypatch.delenv("ZOO_KERNELS", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert select_backend("op", BOTH, CPU) == "torch"
     assert select_backend("op", BOTH, CUDA) == "triton"
     assert select_backend("op", {"torch": "torch"}, CUDA) == "torch"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [
+        (("importlib.util.find_spec", lambda name: None), "the package triton is not installed"),
+        (("torch.cuda.get_device_capability", lambda device: (6, 1)), "the GPU has compute capability 6.1"),
+    ],
+)
+def test_pytorch_computes_where_triton_is_not_or_does_not_know_the_gpu(lacks, reason, monkeypatch):
+    monkeypatch.setattr(*lacks)
+    monkeypatch.setenv("ZOO_KERNELS", "auto")
     assert select_backend("op", BOTH, CUDA) == "torch"
+    monkeypatch.setenv("ZOO_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match=reason):
+        select_backend("op", BOTH, CUDA)
 
 
 def test_torch_is_always_there(monkeypatch):

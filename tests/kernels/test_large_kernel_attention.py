@@ -86,6 +86,9 @@ def test_wrong_arguments(change, message):
 def test_opcheck():
     leaves = [x.requires_grad_() for x in inputs()]
     torch.library.opcheck(torch.ops.zoo.large_kernel_attention.default, (*leaves, 3))
+    tensors = [x.detach() for x in leaves]
+    grad = torch.randn(tensors[0].shape)
+    torch.library.opcheck(torch.ops.zoo.large_kernel_attention_backward.default, (grad, *tensors, 3))
 
 
 def test_flops_equal_the_hand_formula():

@@ -1,6 +1,8 @@
 """2D linear attention: the operator against its definition, values and gradients, and how it is registered."""
 
+import importlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.kernels import linear_attention
 from zoo.kernels.linear_attention.reference import FEATURE_MAPS, linear_attention_reference
+from zoo.kernels.linear_attention.settings import Settings, pack, unpack
 
+op = importlib.import_module("zoo.kernels.linear_attention.op")  # the package has a function of the folder's name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,7 +66,7 @@ def test_linear_attention_is_attention():
 @pytest.mark.parametrize("rotated", [False, True])
 def test_values_and_gradients(feature_map, token_weights, rotated, close, gradients):
     options = {"feature_map": feature_map, "token_weights": token_weights, "grid": (3, 5) if rotated else None}
-    if feature_map == "identity":
+    if feature_map in ("identity", "silu"):
         options["eps"] = 5.0  # keeps the normaliser away from zero
     tensors = inputs()
 
@@ -91,12 +95,40 @@ def test_subtraction_by_hand():
         torch.testing.assert_close(result[0, :, 0], torch.tensor(expected, dtype=torch.float64))
 
 
+def test_keys_by_hand():
+    """One head, two tokens: a softmax of every channel of the keys over the tokens, and what SiLU leaves of queries."""
+    q, k, v = [[0.5, -1.0], [2.0, 0.25]], [[1.0, 0.5], [-0.5, 3.0]], [[1.0, 2.0], [-3.0, 4.0]]
+    sums = [sum(math.exp(row[d]) for row in k) for d in range(2)]
+    expected = []
+    for row in q:
+        mapped = [x / (1 + math.exp(-x)) for x in row]
+        weights = [sum(mapped[d] * math.exp(other[d]) / sums[d] for d in range(2)) for other in k]
+        expected.append([sum(weights[n] * v[n][e] for n in range(2)) for e in range(2)])
+    tensors = [torch.tensor(x, dtype=torch.float64)[None, :, None] for x in (q, k, v)]
+    for function in (linear_attention_reference, linear_attention):
+        result = function(*tensors, feature_map="silu", normalisation="keys")
+        torch.testing.assert_close(result[0, :, 0], torch.tensor(expected, dtype=torch.float64))
+
+
+FORMS = [
+    # normalisation, token weights, grid, rotation across heads
+    ("subtraction", False, None, False),
+    ("subtraction", True, None, False),
+    ("division", False, None, False),
+    ("division", True, None, False),
+    ("division", False, (3, 5), True),
+    ("division", True, (3, 5), False),
+    ("keys", False, None, False),
+    ("keys", False, (3, 5), False),
+    ("keys", False, (3, 5), True),
+]
+
+
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("token_weights", [False, True])
-@pytest.mark.parametrize(("normalisation", "grid"), [("subtraction", None), ("division", None), ("division", (3, 5))])
-def test_scaled_forms(feature_map, token_weights, normalisation, grid, close, gradients):
-    options = {"feature_map": feature_map, "token_weights": token_weights, "grid": grid, "scale": 0.6}
-    options |= {"normalisation": normalisation, "eps": 5.0}  # keeps the normaliser away from zero
+@pytest.mark.parametrize(("normalisation", "token_weights", "grid", "across"), FORMS)
+def test_scaled_forms(feature_map, normalisation, token_weights, grid, across, close, gradients):
+    options = {"feature_map": feature_map, "token_weights": token_weights, "grid": grid, "rotary_across_heads": across}
+    options |= {"normalisation": normalisation, "scale": 0.6, "eps": 5.0}  # keeps the normaliser away from zero
 
     def run(function):
         return lambda q, k, v, local, gate: function(q, k, v, local=local, gate=gate, **options)
@@ -117,13 +149,46 @@ def test_subtraction_survives_large_means(close):
     close(result, exact)
 
 
-def test_triton_declines_the_new_forms(monkeypatch):
-    """It has no kernels for them, and must not compute another form instead."""
+def test_a_rotation_across_heads_is_another_one():
+    q, k, v, *_ = inputs(H=2)
+    options = {"feature_map": "relu", "grid": (3, 5)}
+    apart = linear_attention(q, k, v, **options) - linear_attention(q, k, v, rotary_across_heads=True, **options)
+    assert apart.abs().max() > 0.01
+
+
+def test_keys_of_any_size(close, gradients):
+    """The exponentials of the keys neither overflow nor vanish, whatever their mean; all from one token at last."""
+    tensors = inputs(grid=(16, 16))[:3]
+
+    def run(function, shift, factor):
+        options = {"normalisation": "keys", "grid": (16, 16)}
+        return lambda q, k, v: function(q, factor * k + shift, v, "silu", **options)
+
+    for shift, factor in ((300.0, 1.0), (-300.0, 1.0), (0.0, 200.0)):
+        y, grads = gradients(run(linear_attention, shift, factor), *tensors)
+        exact_y, exact = gradients(run(linear_attention_reference, shift, factor), *(x.double() for x in tensors))
+        close(y, exact_y, 10)  # 300 is rounded to 3e-5
+        for grad, expected in zip(grads, exact, strict=True):
+            close(grad, expected, 10)
+
+
+def test_triton_declines_what_it_has_no_kernels_for(monkeypatch):
+    """It must not compute another form instead."""
     monkeypatch.setenv("ZOO_KERNELS", "triton")
     q, k, v, *_ = inputs()
-    for options in ({"normalisation": "subtraction"}, {"scale": 0.5}):
+    wide = inputs(D=136)
+    for tensors, options in (((q, k, v), {"normalisation": "subtraction", "token_weights": True}), (wide[:3], {})):
         with pytest.raises(RuntimeError, match="it has no Triton"):
-            linear_attention(q, k, v, "relu", **options)
+            linear_attention(*tensors, "relu", **options)
+
+
+def test_triton_computes_only_where_it_is_asked_for(monkeypatch):
+    """Its kernels have not run on a GPU in their present form."""
+    q, _, v, *_ = inputs()
+    for choice, backends in (("auto", {"torch"}), ("triton", {"torch", "triton"})):
+        monkeypatch.setenv("ZOO_KERNELS", choice)
+        for settings in (Settings("elu+1", True, 3, 5, 1e4, 1e-6), Settings("silu", False, 3, 5, 1e4, 1e-6, "keys")):
+            assert set(op._backends(q, v, settings, "forward")) == backends
 
 
 @pytest.mark.parametrize("feature_map", ["elu+1", "exp"])
@@ -210,7 +275,11 @@ def test_a_picture_does_not_depend_on_others():
         ({"gate": torch.zeros(2, 15, 2, 7)}, r"gate has shape"),
         ({"local": torch.zeros(15, 2, 8)}, r"local has shape"),
         ({"feature_map": "gelu"}, "feature_map is 'gelu', expected one of identity, relu"),
-        ({"normalisation": "softmax"}, "normalisation is 'softmax', expected one of division, subtraction"),
+        ({"normalisation": "softmax"}, "normalisation is 'softmax', expected one of division, subtraction, keys"),
+        (
+            {"normalisation": "keys", "token_weights": True},
+            "'keys' weighs every channel by itself: leave token_weights",
+        ),
         ({"normalisation": "subtraction"}, "normalisation 'subtraction' has no rotated form: leave grid out"),
         ({"scale": 0.0}, "scale is 0, expected another number"),
         ({"grid": (3, 4)}, "grid is 3 x 4, but q has 15 tokens"),
@@ -232,6 +301,24 @@ def test_opcheck(with_terms):
     torch.library.opcheck(torch.ops.zoo.linear_attention.default, arguments)
     arguments = (q, k, v, *terms, "identity", False, 0, 0, 1e4, 1e-6, "subtraction", 0.5)
     torch.library.opcheck(torch.ops.zoo.linear_attention.default, arguments)
+    arguments = (q, k, v, *terms, "silu", False, 3, 5, 1e4, 1e-6, "keys", 1.0, True)
+    torch.library.opcheck(torch.ops.zoo.linear_attention.default, arguments)
+
+
+def test_what_is_saved_does_not_grow_with_the_tokens():
+    rala, lightnet = Settings("elu+1", True, 3, 5, 1e4, 1e-6), Settings("silu", False, 3, 5, 1e4, 1e-6, "keys")
+    for form in (rala, lightnet, Settings("identity", False, 0, 0, 1e4, 1e-6, "subtraction", 0.5)):
+        shapes = form.saved(8, 4)
+        fields = {name: torch.randn(2, 3, *shape) for name, shape in shapes.items()}
+        saved = pack(fields, form)
+        assert saved.shape == (2, 3, form.saved_size(8, 4)) and saved.shape[2] <= 2 * 8 * 4 + 2 * 8 + 2 + 16
+        for name, field in unpack(saved, form, 8, 4).items():
+            assert torch.equal(field, fields[name])
+    q, k, v, *_ = (x.requires_grad_() for x in inputs(grid=(20, 20)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        linear_attention(q, k, v, "elu+1", True, (20, 20))
+    assert sorted(x.numel() for x in kept) == sorted([*(x.numel() for x in (q, k, v)), 2 * 2 * 96])
 
 
 def test_compiles_and_exports_as_one_op():
@@ -261,4 +348,7 @@ def test_flops_equal_the_hand_formula():
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 3 * forward
+    assert counter.get_total_flops() == 2 * forward + 2 * tokens * D * E
+    with FlopCounterMode(display=False) as counter:
+        linear_attention(q, k, v, "silu", normalisation="keys")
+    assert counter.get_total_flops() == 2 * tokens * 2 * D * E

@@ -188,6 +188,7 @@ def test_learns_from_sprites(folders, tmp_path):
         ("sprites", {"grad_accum": 2, "drop_path": 0.2, "smoothing": 0.1}),
         ("pictures", {"mixup": 0.4, "cutmix": 0.5, "auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5, "grad_accum": 2}),
         ("pictures", {"steps": 0, "epochs": 3, "warmup": 1, "aug_repeats": 2, "clip_grad": 1.0, "layer_decay": 0.9}),
+        ("pictures", {"model": "slab_nano", "prep_steps": 5}),  # PRepBN, of which each step has its own share
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_weights(folders, tmp_path, monkeypatch, kind, changes):
@@ -222,6 +223,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(folders, tmp_path, monkeypatch
         for key, value in state.items():
             assert torch.equal(value, resumed["optimizer"]["state"][index][key])
     assert not torch.equal(straight["model"]["head.fc.weight"], straight["model_ema"]["head.fc.weight"])
+
+
+def test_prepbn_goes_from_layer_norm_to_batch_norm(folders, tmp_path):
+    """Over all steps, or over as many as the recipe says; of a model that has none, that is an error."""
+    weights = {}
+    for prep_steps, expected in [(0, [2, 3]), (2, [2, 2])]:  # of the last step: done before it, of how many
+        output = tmp_path / str(prep_steps)
+        T.run(settings(folders, output, model="slab_nano", steps=3, warmup=0, prep_steps=prep_steps))
+        weights[prep_steps] = torch.load(output / "last.pt", weights_only=True)["model"]
+        found = [value.tolist() for key, value in weights[prep_steps].items() if key.endswith("progress")]
+        assert len(found) > 20 and all(value == expected for value in found)
+    assert not torch.equal(weights[0]["head.fc.weight"], weights[2]["head.fc.weight"])
+    with pytest.raises(ValueError, match="has no PRepBN"):
+        T.run(settings(folders, tmp_path / "none", prep_steps=2))
 
 
 def test_time_budget_stops_with_a_checkpoint_and_goes_on(folders, tmp_path, capsys):

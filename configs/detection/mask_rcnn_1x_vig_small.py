@@ -1,0 +1,12 @@
+# Mask R-CNN, 1x, vig_small: no published result.
+# No weights are at hand by name: set checkpoint, or it begins from scratch.
+_base_ = [
+    "../_base_/mask_rcnn.py",
+    "../_base_/coco_masks.py",
+    "../_base_/schedule_1x.py",
+    "../_base_/runtime.py",
+]
+model = dict(
+    backbone=dict(model_name="vig_small", pretrained=False, drop_path_rate=0.2),
+    neck=dict(in_channels=[256, 256, 256, 256]),
+)

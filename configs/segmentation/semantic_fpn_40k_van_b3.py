@@ -1,0 +1,13 @@
+# Semantic FPN, 40k, van_b3: published mIoU 48.1.
+_base_ = [
+    "../_base_/semantic_fpn.py",
+    "../_base_/ade20k.py",
+    "../_base_/schedule_40k.py",
+    "../_base_/runtime.py",
+]
+model = dict(
+    backbone=dict(model_name="van_b3", pretrained=True, drop_path_rate=0.3),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
+optim_wrapper = dict(optimizer=dict(lr=2e-4))
+train_dataloader = dict(batch_size=4)

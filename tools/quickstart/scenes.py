@@ -1,0 +1,379 @@
+"""Scenes of many drawings with exact boxes, instance masks, semantic and panoptic maps, in COCO's and mmseg's layouts.
+
+A folder of scenes holds, for the splits ``train`` (training styles) and ``test`` (the held-out style)::
+
+    images/train/000000.jpg         the scene
+    labels/train/000000.png         class of every pixel: 0 is the background, k the k-th category (mmseg)
+    panoptic/train/000000.png       segment of every pixel, as COCO codes it in red, green and blue
+    annotations/instances_train.json, annotations/panoptic_train.json
+    ATTRIBUTION.md
+
+A scene is a pure function of the seed, its split and its number. What was complete when a build was stopped is kept.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import count
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from rich.console import Console
+from rich.progress import track
+
+from zoo.tools.quickstart.attribution import attribution
+from zoo.tools.quickstart.backgrounds import BACKGROUNDS
+from zoo.tools.quickstart.packages import PACKAGES
+from zoo.tools.sprites import PLAIN, Composer, Draws, Recipe, load_sprites, paint_background, seed_of
+
+# Clear things of one drawing each; slugs of the quickstart classes, sorted.
+_SLUGS = """
+airplane anchor balloon banana bicycle birthday-cake bus butterfly cactus camera carrot crab crown dog-face elephant
+fish grapes guitar hamburger hammer honeybee light-bulb locomotive mushroom octopus owl palm-tree penguin pineapple
+pizza rocket sailboat scissors snail soccer-ball strawberry sunflower teapot turtle umbrella
+"""
+CATEGORIES = tuple(_SLUGS.split())
+SPLITS = ("train", "test")
+# Training drawings change what styles change; those of the held-out style are only turned, tilted and mirrored.
+RECIPES = {
+    "train": Recipe(geometry=0.6, colour=0.8),
+    "test": dataclasses.replace(PLAIN, geometry=0.5, flip=0.35),
+}
+DRAWN = 144  # pixels, side of a drawing before it is scaled into a scene
+VERSIONS = {"train": 64, "test": 16}  # drawings per category
+CHUNK = 50  # scenes that are made, kept or lost together
+
+SIDES = (250, 400)  # pixels, of scenes
+LENGTHS = (16, 200)  # pixels, the longer side of a drawing in a scene
+MOST = 12  # drawings in a scene
+EMPTY = 0.04  # share of scenes without any
+VISIBLE = 0.4  # share of a drawing that later ones leave
+INSIDE = 0.65  # share of a drawing that is within the picture
+FEWEST = 24  # pixels of a drawing
+OPAQUE = 128  # alpha from which a pixel belongs to the drawing
+PAINTED = 0.6  # share of scenes in front of colours and patterns; the rest are landscapes
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene.
+
+    Attributes:
+        picture: RGB, (H, W, 3) uint8.
+        instances: (H, W) uint8, 0 for the background and k for what ``categories[k - 1]`` is of; the visible parts.
+        categories: places in ``CATEGORIES``, (N,), N at most ``MOST``.
+    """
+
+    picture: np.ndarray
+    instances: np.ndarray
+    categories: list[int]
+
+
+def build_scenes(
+    root: Path, out: Path, *, train: int = 6000, test: int = 1000, seed: int = 0, workers: int | None = None
+) -> dict[str, dict[str, int]]:
+    """Builds a folder of scenes from the quickstart sprites.
+
+    Args:
+        root: Folder with ``train``, ``test`` and ``classes.json``, as ``build`` makes it.
+        out: Where to build. What an interrupted build with the same settings completed there is kept.
+        train: Scenes of the training styles.
+        test: Scenes of the held-out style.
+        seed: Of all randomness.
+        workers: Processes; None for one per core.
+
+    Returns:
+        Number of scenes and of objects by split.
+
+    Raises:
+        FileNotFoundError: ``root`` was not built.
+        ValueError: ``out`` holds scenes of other settings, or other files.
+    """
+    if not (root / "classes.json").is_file():
+        raise FileNotFoundError(
+            f"{root} holds no classes.json: build it with `python -m zoo.tools.build_quickstart_data build {root}`."
+        )
+    sizes = {"train": train, "test": test}
+    _claim(out, {"categories": list(CATEGORIES), "sizes": sizes, "seed": seed})
+    categories = _categories(root)
+    done = {}
+    for split, scenes in sizes.items():
+        final = out / "annotations" / f"instances_{split}.json"
+        if not final.exists():
+            _build_split(root, out, split, scenes, seed, workers, categories)
+        found = json.loads(final.read_text("utf-8"))
+        done[split] = {"scenes": len(found["images"]), "objects": len(found["annotations"])}
+    _write(out / "ATTRIBUTION.md", attribution(PACKAGES).encode())
+    shutil.rmtree(out / ".building", ignore_errors=True)
+    return done
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    file = out / "scenes.json"
+    if not file.exists() and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds other files: choose an empty or a new folder.")
+    if file.exists() and json.loads(file.read_text("utf-8")) != settings:
+        raise ValueError(f"{out} holds scenes that were built with other settings: choose another folder.")
+    _write(file, json.dumps(settings, indent=1).encode())
+
+
+def _categories(root: Path) -> list[dict[str, Any]]:
+    known = {entry["slug"]: entry for entry in json.loads((root / "classes.json").read_text("utf-8"))}
+    if lacking := [slug for slug in CATEGORIES if slug not in known]:
+        raise ValueError(f"{', '.join(lacking)} in CATEGORIES is no class of {root}: build it again.")
+    return [
+        {"id": number, "name": known[slug]["name"], "supercategory": known[slug]["group"]}
+        for number, slug in enumerate(CATEGORIES, 1)
+    ]
+
+
+def _build_split(
+    root: Path,
+    out: Path,
+    split: str,
+    scenes: int,
+    seed: int,
+    workers: int | None,
+    categories: list[dict[str, Any]],
+) -> None:
+    scratch = out / ".building"
+    scratch.mkdir(exist_ok=True)
+    for kind in ("images", "labels", "panoptic"):
+        (out / kind / split).mkdir(parents=True, exist_ok=True)
+    parts = [scratch / f"{split}-{start:06d}.json" for start in range(0, scenes, CHUNK)]
+    if missing := [number for number, part in enumerate(parts) if not part.exists()]:
+        drawings = scratch / f"{split}.npy"
+        if not drawings.exists():
+            draw = _drawings(root / split, RECIPES[split], VERSIONS[split], seed)
+            _write(drawings, _npy(draw))
+        jobs = [(out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed) for number in missing]
+        console = Console(stderr=True)
+        # Not forked: torch's threads do not survive that.
+        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+            done = track(
+                pool.map(_build_chunk, jobs), split, len(jobs), console=console, disable=not console.is_terminal
+            )
+            for _ in done:
+                pass
+    records = [record for part in parts for record in json.loads(part.read_text("utf-8"))]
+    _write_json(out / "annotations" / f"panoptic_{split}.json", _panoptic(records, categories))
+    _write_json(out / "annotations" / f"instances_{split}.json", _instances(records, categories))
+
+
+def _drawings(folder: Path, recipe: Recipe, versions: int, seed: int) -> np.ndarray:
+    """Drawings (categories, versions, side, side, 4) uint8, colour premultiplied by alpha."""
+    composer = Composer(load_sprites(folder, classes=CATEGORIES), DRAWN, seed, recipe)
+    found = np.zeros((len(CATEGORIES), versions, DRAWN, DRAWN, 4), np.uint8)
+    for version in range(versions):
+        pixels, labels = composer.drawings(version, len(CATEGORIES))
+        found[labels.numpy(), version] = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return found
+
+
+def _build_chunk(job: tuple[Path, str, int, int, int]) -> None:
+    """In a worker process: the files of some scenes, and last of all their annotations."""
+    out, split, start, stop, seed = job
+    torch.set_num_threads(1)
+    drawings = np.load(out / ".building" / f"{split}.npy", mmap_mode="r")
+    key = seed_of(seed, SPLITS.index(split), start)
+    painted = _painted(key, stop - start)
+    records = []
+    for number, backdrop in zip(range(start, stop), painted):
+        random = Random(seed_of(seed, SPLITS.index(split), number, 1))
+        scene = compose_scene(drawings, backdrop, random)
+        name = f"{number:06d}"
+        quality = random.randint(75, 95)
+        _write(out / "images" / split / f"{name}.jpg", _encoded(scene.picture, "JPEG", quality=quality))
+        classes = np.array([0, *(category + 1 for category in scene.categories)], np.uint8)
+        _write(out / "labels" / split / f"{name}.png", _encoded(classes[scene.instances], "PNG", compress_level=1))
+        colours = np.stack([scene.instances, *[np.zeros_like(scene.instances)] * 2], -1)
+        colours[scene.instances == 0] = (len(scene.categories) + 1, 0, 0)  # 0 would mean unlabelled
+        _write(out / "panoptic" / split / f"{name}.png", _encoded(colours, "PNG", compress_level=1))
+        records.append({"number": number, **_record(scene)})
+    _write_json(out / ".building" / f"{split}-{start:06d}.json", records)
+
+
+def _painted(seed: int, scenes: int) -> Iterator[np.ndarray]:
+    """Colours and patterns (side, side, 3) uint8, a few at a time for the memory's sake."""
+    for first in count(0, 10):
+        draws = Draws(seed_of(seed, first), min(10, scenes - first), torch.device("cpu"), torch.float32)
+        found = paint_background(draws, SIDES[1], Recipe(white=0.15, plain=0.15))
+        yield from (found * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random) -> Scene:
+    """Puts drawings into a scene, later ones over earlier ones.
+
+    Args:
+        drawings: (categories, versions, side, side, 4) uint8, colour premultiplied by alpha.
+        painted: A backdrop of ``SIDES[1]`` squared, (side, side, 3) uint8, for the scenes that are no landscapes.
+        random: Where everything else comes from.
+
+    Returns:
+        The scene.
+    """
+    width, height = (random.randint(*SIDES) for _ in "wh")
+    side = max(width, height)
+    if random.random() >= PAINTED:
+        painted = np.asarray(BACKGROUNDS[random.choice(list(BACKGROUNDS))](side, random))
+    picture = painted[(len(painted) - height) // 2 :, (len(painted) - width) // 2 :][:height, :width].copy()
+    instances = np.zeros((height, width), np.uint8)
+    categories: list[int] = []
+    whole, visible = [0], [0]
+    shadow = random.uniform(0.15, 0.5) if random.random() < 0.3 else 0.0
+    for _ in range(0 if random.random() < EMPTY else random.randint(1, MOST)):
+        category = random.randrange(len(drawings))
+        drawing = _scaled(drawings[category, random.randrange(drawings.shape[1])], random)
+        opaque = drawing[..., 3] >= OPAQUE
+        area = int(opaque.sum())
+        for _ in range(10):
+            left = random.randint(-drawing.shape[1] // 3, width - 2 * drawing.shape[1] // 3)
+            top = random.randint(-drawing.shape[0] // 3, height - 2 * drawing.shape[0] // 3)
+            there, part = _overlap(top, left, drawing.shape[:2], (height, width))
+            inside = opaque[part]
+            covered = np.bincount(instances[there][inside], minlength=len(whole))
+            fits = inside.sum() >= max(FEWEST, INSIDE * area)
+            if fits and all(visible[k] - covered[k] >= max(FEWEST, VISIBLE * whole[k]) for k in range(1, len(whole))):
+                break
+        else:
+            continue
+        if shadow:
+            _cast_shadow(picture, drawing[..., 3], top, left, shadow)
+        colour, alpha = drawing[part][..., :3], drawing[part][..., 3:].astype(np.uint16)
+        picture[there] = np.minimum(255, colour + picture[there] * (255 - alpha) // 255).astype(np.uint8)
+        visible = [have - int(gone) for have, gone in zip(visible, covered)] + [int(inside.sum())]
+        whole.append(area)
+        categories.append(category)
+        instances[there][inside] = len(categories)
+    return Scene(_soften(picture, random), instances, categories)
+
+
+def _scaled(drawing: np.ndarray, random: Random) -> np.ndarray:
+    """A drawing cut to what is visible, its longer side of a random length (small ones as often as large ones)."""
+    image = Image.fromarray(drawing).copy()
+    image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox())
+    low, high = map(math.log, LENGTHS)
+    scale = math.exp(random.uniform(low, high)) / max(image.size)
+    size = [max(4, round(edge * scale)) for edge in image.size]
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+
+
+def _overlap(
+    top: int, left: int, size: tuple[int, int], limits: tuple[int, int]
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where in a picture of ``limits`` something of ``size`` lands, and which part of it does."""
+    there, part = [], []
+    for start, length, limit in zip((top, left), size, limits):
+        first, last = max(start, 0), max(0, min(start + length, limit))
+        there.append(slice(first, last))
+        part.append(slice(first - start, last - start))
+    return tuple(there), tuple(part)
+
+
+def _cast_shadow(picture: np.ndarray, alpha: np.ndarray, top: int, left: int, strength: float) -> None:
+    reach = max(2, max(alpha.shape) // 16)
+    soft = np.asarray(Image.fromarray(np.pad(alpha, 2 * reach)).filter(ImageFilter.BoxBlur(reach)))
+    there, part = _overlap(top - reach // 2, left - reach, soft.shape, picture.shape[:2])
+    picture[there] = (picture[there] * (1 - strength / 255 * soft[part][..., None])).astype(np.uint8)
+
+
+def _soften(picture: np.ndarray, random: Random) -> np.ndarray:
+    """Some pictures out of focus, some with grain."""
+    kind = random.random()
+    if kind < 0.15:
+        blur = ImageFilter.GaussianBlur(random.uniform(0.4, 1.1))
+        return np.asarray(Image.fromarray(picture).filter(blur))
+    if kind < 0.3:
+        grain = np.random.default_rng(random.getrandbits(32)).standard_normal(picture.shape, np.float32)
+        return (picture + random.uniform(2, 12) * grain).clip(0, 255).astype(np.uint8)
+    return picture
+
+
+def _record(scene: Scene) -> dict[str, Any]:
+    """Size and objects of a scene; boxes and areas are those of the masks."""
+    from pycocotools import mask as coco
+
+    masks = scene.instances[..., None] == np.arange(1, len(scene.categories) + 1)
+    codes = coco.encode(np.asfortranarray(masks, np.uint8)) if scene.categories else []
+    objects = [
+        {
+            "category_id": category + 1,
+            "bbox": coco.toBbox(code).tolist(),
+            "area": int(coco.area(code)),
+            "iscrowd": 0,
+            "segmentation": {"size": code["size"], "counts": code["counts"].decode()},
+        }
+        for category, code in zip(scene.categories, codes)
+    ]
+    height, width = scene.instances.shape
+    return {"height": height, "width": width, "background": int((scene.instances == 0).sum()), "objects": objects}
+
+
+def _image(record: dict[str, Any]) -> dict[str, Any]:
+    size = {key: record[key] for key in ("height", "width")}
+    return {"id": record["number"] + 1, "file_name": f"{record['number']:06d}.jpg", **size}
+
+
+def _instances(records: Sequence[dict[str, Any]], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    number = count(1)
+    annotations = [
+        {"id": next(number), "image_id": record["number"] + 1, **thing}
+        for record in records
+        for thing in record["objects"]
+    ]
+    return {"images": [_image(record) for record in records], "annotations": annotations, "categories": categories}
+
+
+def _panoptic(records: Sequence[dict[str, Any]], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    things = [{**category, "isthing": 1} for category in categories]
+    stuff = {"id": len(categories) + 1, "name": "background", "supercategory": "background", "isthing": 0}
+    annotations = []
+    for record in records:
+        kept = ("category_id", "bbox", "area", "iscrowd")
+        segments = [{"id": k, **{key: thing[key] for key in kept}} for k, thing in enumerate(record["objects"], 1)]
+        behind = {"id": len(segments) + 1, "category_id": stuff["id"], "area": record["background"], "iscrowd": 0}
+        if record["background"]:
+            segments.append({**behind, "bbox": [0, 0, record["width"], record["height"]]})
+        annotations.append(
+            {
+                "image_id": record["number"] + 1,
+                "file_name": f"{record['number']:06d}.png",
+                "segments_info": segments,
+            }
+        )
+    images = [_image(record) for record in records]
+    return {"images": images, "annotations": annotations, "categories": [*things, stuff]}
+
+
+def _encoded(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

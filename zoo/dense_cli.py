@@ -1,0 +1,256 @@
+"""`zoo detect` and `zoo segment`: boxes, masks and maps of classes in pictures, folders and videos."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from zoo.cli import Checkpoint, Device, Json, Urls, Workers, app, print_json, replacing, report_failures
+from zoo.console import output_console
+from zoo.dense import DenseModel, DenseResult
+from zoo.detector import Detections, Detector
+from zoo.drawing import BACKGROUND, draw_detections, draw_segmentation
+from zoo.images import ImageError
+from zoo.segmenter import Segmentation, Segmenter
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Pictures, videos, folders, or globs in quotes.")]
+Model = Annotated[str, typer.Option(help="Backbone of a quickstart model, whose config is part of the package.")]
+Config = Annotated[Path | None, typer.Option(help="A config of mmdet or mmseg instead.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Draw what was found: a folder, or a file name for a single picture or video.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Pictures of one size that go through the model at once.")]
+
+
+@app.command()
+def detect(
+    paths: Paths,
+    model: Model = "van_nano",
+    config: Config = None,
+    checkpoint: Checkpoint = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Least score of what is listed and drawn.")] = 0.3,
+    as_json: Json = False,
+    out: Out = None,
+    batch_size: Batch = 8,
+    device: Device = None,
+    workers: Workers = 2,
+    allow_urls: Urls = False,
+) -> None:
+    """Find things in pictures. Exit code 1 if some could not be read, 2 if none could."""
+    detector = Detector(
+        model,
+        score=score,
+        config=config,
+        checkpoint=checkpoint,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    _run(detector, paths, allow_urls, out, as_json, draw_detections, _detected_objects, _name_detections)
+
+
+@app.command()
+def segment(
+    paths: Paths,
+    model: Model = "van_nano",
+    config: Config = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+    out: Out = None,
+    batch_size: Batch = 8,
+    device: Device = None,
+    workers: Workers = 2,
+    allow_urls: Urls = False,
+) -> None:
+    """Name the class of every pixel. Exit code 1 if some pictures could not be read, 2 if none could."""
+    segmenter = Segmenter(
+        model, config=config, checkpoint=checkpoint, device=device, batch_size=batch_size, workers=workers
+    )
+    _run(segmenter, paths, allow_urls, out, as_json, draw_segmentation, _segmented_objects, _name_segments)
+
+
+def _run(
+    model: DenseModel,
+    paths: Sequence[str],
+    allow_urls: bool,
+    out: Path | None,
+    as_json: bool,
+    draw: Callable[[Image.Image, Any], Image.Image],
+    objects: Callable[[Any], Iterator[dict[str, Any]]],
+    names: Callable[[Any], str],
+) -> None:
+    from zoo.media import Video, find_media
+
+    pictures, videos, failed = find_media(paths, allow_urls)
+    place = _Place(out, pictures, videos)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    table = Table("Picture", "Found", box=None, pad_edge=False)
+
+    def note(result: DenseResult, **where: Any) -> None:
+        width, height = result.picture.size
+        images.append({"id": len(images) + 1, "file_name": result.source, **where, "width": width, "height": height})
+        if as_json:
+            for thing in objects(result.answer):
+                annotations.append({"id": len(annotations) + 1, "image_id": len(images), **thing})
+        elif not where:
+            table.add_row(Text(result.source), Text(names(result.answer)))
+
+    for result in _tracked(model.predict_all(pictures), len(pictures), ""):
+        if result.error:
+            failed.append(result.error)
+            continue
+        note(result)
+        if out:
+            with replacing(place.of(result.source)) as part:
+                kind = Image.registered_extensions()[place.of(result.source).suffix.lower()]
+                draw(result.picture, result.answer).save(part, kind)
+    for path in videos:
+        try:
+            video = Video(path)
+        except ImageError as error:
+            failed.append(error)
+            continue
+        with _video_sink(place.of(path) if out else None, video.rate) as write:
+            number, drawn = 0, None
+            for result in _tracked(model.predict_all(video), video.frames, os.path.basename(path)):
+                number += 1
+                if result.error:
+                    failed.append(result.error)
+                else:
+                    note(DenseResult(path, result.picture, result.answer), frame=number)
+                    drawn = draw(result.picture, result.answer) if out else None
+                if drawn:  # in the place of a frame that cannot be decoded, the one before it
+                    write(drawn)
+        table.add_row(Text(path), f"{number} frames")
+
+    if as_json:
+        first = 0 if isinstance(model, Segmenter) else 1
+        categories = [{"id": number, "name": name} for number, name in enumerate(model.labels, first)]
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        print_json({**document, "failed": [vars(error) for error in failed]})
+    elif images:
+        output_console().print(table)
+    if out and images:
+        typer.echo(f"Wrote {out}", err=as_json)
+    report_failures(failed, len(images))
+
+
+def _tracked(results: Iterator[DenseResult], total: int, name: str) -> Iterator[DenseResult]:
+    console = Console(stderr=True)
+    return track(results, name, total or None, console=console, transient=True, disable=not console.is_terminal)
+
+
+class _Place:
+    """Where the drawn copy of a source goes: the file that ``--out`` names, or one of its name in that folder."""
+
+    def __init__(self, out: Path | None, pictures: Sequence[str], videos: Sequence[str]) -> None:
+        suffix = out.suffix.lower() if out else ""
+        kinds = {*PICTURES} if pictures else {".mp4"}
+        single = len(pictures) + len(videos) == 1
+        self.file = out if single and suffix in kinds and not out.is_dir() else None
+        if out and not self.file and (suffix in (*PICTURES, ".mp4") or out.is_file()):
+            what = "a picture, a video" if single else f"{len(pictures) + len(videos)} files"
+            raise ValueError(f"--out {out} does not fit {what}: give a folder, or .png, .jpg or .mp4 for one file.")
+        self.out, self.taken = out, {}
+
+    def of(self, source: str) -> Path:
+        if self.file:
+            return self.file
+        if source not in self.taken:
+            name = os.path.basename(source) or "picture"
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in (*PICTURES, ".mp4"):
+                from zoo.media import VIDEOS
+
+                suffix = ".mp4" if suffix.lower() in VIDEOS else ".png"
+            number, used = 1, set(self.taken.values())
+            while (path := self.out / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}") in used:
+                number += 1
+            self.taken[source] = path
+        return self.taken[source]
+
+
+@contextmanager
+def _video_sink(path: Path | None, rate: float) -> Iterator[Callable[[Image.Image], None]]:
+    """A function that adds a frame to a video, which takes its name when all is written."""
+    if path is None:
+        yield lambda frame: None
+        return
+    import cv2
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+    writer: cv2.VideoWriter | None = None
+
+    def write(frame: Image.Image) -> None:
+        nonlocal writer
+        if writer is None:
+            writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), rate, frame.size)
+            if not writer.isOpened():
+                raise OSError(f"{path} cannot be written as a video here.")
+        writer.write(np.asarray(frame)[..., ::-1].copy())
+
+    try:
+        yield write
+        if writer:
+            writer.release()
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _detected_objects(found: Detections) -> Iterator[dict[str, Any]]:
+    for row in range(len(found)):
+        left, top, right, bottom = found.boxes[row].tolist()
+        box = [left, top, right - left, bottom - top]
+        mask = None if found.masks is None else _encoded(found.masks[row])
+        yield {
+            "category_id": int(found.labels[row]) + 1,
+            "bbox": [round(value, 2) for value in box],
+            "score": round(float(found.scores[row]), 4),
+            "area": int(found.masks[row].sum()) if mask else round(box[2] * box[3], 2),
+            "iscrowd": 0,
+            **({"segmentation": mask} if mask else {}),
+        }
+
+
+def _segmented_objects(found: Segmentation) -> Iterator[dict[str, Any]]:
+    for label in np.unique(found.labels):
+        mask = found.labels == label
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        box = [columns[0], rows[0], columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]]
+        yield {
+            "category_id": int(label),
+            "bbox": [int(value) for value in box],
+            "area": int(mask.sum()),
+            "iscrowd": 0,
+            "segmentation": _encoded(mask),
+        }
+
+
+def _encoded(mask: np.ndarray) -> dict[str, Any]:
+    from pycocotools import mask as coco
+
+    code = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def _name_detections(found: Detections) -> str:
+    return ", ".join(f"{name} {score:.0%}" for name, score in zip(found.names, found.scores)) or "nothing"
+
+
+def _name_segments(found: Segmentation) -> str:
+    shares = {name: share for name, share in found.shares().items() if name != BACKGROUND}
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) or "nothing"
