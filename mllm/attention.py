@@ -60,7 +60,8 @@ def _attention_of(query: Tensor, key: Tensor, mask: Tensor | None, place: Tensor
     """(B, L) attention of the query at `place` of each row, mean over heads."""
     batch, heads, _, dim = query.shape
     rows = torch.arange(batch, device=query.device)
-    one = query[rows, :, place].detach().float().view(batch, key.shape[1], heads // key.shape[1], dim)
+    # Detached before all else: what autograd saved would be missed when a checkpointed layer is computed again.
+    one = query.detach()[rows, :, place].float().view(batch, key.shape[1], heads // key.shape[1], dim)
     logits = scaling * one @ key.detach().float().transpose(-1, -2)  # (B, kv heads, heads per kv head, L)
     positions = torch.arange(key.shape[2], device=key.device)
     allowed = positions <= place[:, None]

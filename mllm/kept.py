@@ -64,7 +64,7 @@ def layout_of(layout: TokenLayout, kept: Kept) -> TokenLayout:
 
 
 def take_mask(mask: Tensor, kept: Kept) -> Tensor:
-    """Rows and columns (dimensions 2 and 3) of the kept tokens; what only fills up is seen by nothing but itself."""
+    """Rows and columns (dimensions 2 and 3) of the kept tokens; what only fills up is seen by nothing."""
     mask = mask.expand(len(kept.index), -1, -1, -1)
     index = kept.index[:, None]
     size = index.shape[-1]

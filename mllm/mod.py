@@ -1,5 +1,6 @@
 """gamma-MoD, mixture of depths for multimodal models (arXiv:2410.13859): layers that process part of the image only."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -55,6 +56,8 @@ class MoD(nn.Module):
         layers = set(range(3, count - 1) if self.layers is None else self.layers)
         if not all(0 < layer < count for layer in layers):
             raise ValueError(f"MoD: layers are {sorted(layers)}, but the decoder has layers 1 to {count - 1} to route.")
+        if not layers:
+            raise ValueError(f"MoD: no layer of a decoder with {count} layers is left to route: give layers.")
         parameter = next(decoder.parameters())
         if self.router is None:
             self.router = nn.Linear(dim, 2, bias=False, device=parameter.device, dtype=parameter.dtype)
@@ -67,9 +70,9 @@ class MoD(nn.Module):
         score = logits.detach().float().softmax(-1)[..., 1]
         if self.select == "threshold":
             return ~layout.is_image | (score > self.threshold)
-        skipped = torch.floor(layout.is_image.sum(1) * self.ratio + 1e-6)
+        skipped = [[math.floor(visual * self.ratio + 1e-9)] for visual in layout.is_image.sum(1).tolist()]
         rank = score.masked_fill(~layout.is_image, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
-        return rank >= skipped[:, None]
+        return rank >= torch.tensor(skipped, device=rank.device)
 
     def loss(self, routed: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
         """What teaches the router its own selection, so that a threshold can replace the top-k.
@@ -106,9 +109,10 @@ def arank(model: nn.Module, batches: Iterable[Mapping[str, Any]], tolerance: flo
             attentions = model(**batch, output_attentions=True, use_cache=False).attentions
             if not attentions or attentions[0] is None:
                 raise ValueError("arank needs the attention matrices: load the model with attn_implementation='eager'.")
-            valid = batch["attention_mask"].bool()
+            mask = batch.get("attention_mask")
+            valid = torch.ones_like(attentions[0][:, 0, 0]) if mask is None else mask
             totals = totals or [0.0] * len(attentions)
-            for row, inside in enumerate(valid):
+            for row, inside in enumerate(valid.bool()):
                 rows += 1
                 for layer, attention in enumerate(attentions):
                     below = attention[row][:, inside][:, :, inside].float().tril(-1)

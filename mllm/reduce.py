@@ -46,10 +46,12 @@ class Reduction(ABC):
             scores the earlier token stays.
         """
         is_image = layout.is_image
-        count = torch.ceil(is_image.sum(1) * self.keep - 1e-9)
+        counts = [
+            [math.ceil(visual * self.keep - 1e-9)] for visual in is_image.sum(1).tolist()
+        ]  # float32 is too coarse
         scores = self.scores(layout, hidden, attention).masked_fill(~is_image, -math.inf)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return ~is_image | (rank < count[:, None])
+        return ~is_image | (rank < torch.tensor(counts, device=rank.device))
 
     @abstractmethod
     def scores(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:

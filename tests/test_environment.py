@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ("zoo", "backbones", "kernels")
+PACKAGE = ("zoo", "backbones", "kernels", "mllm")
 
 
 def variables(source):

@@ -14,7 +14,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"zoo": "zoo"} | {name: f"zoo/{name}" for name in ("backbones", "configs", "kernels", "tools")}
+FOLDERS = {"zoo": "zoo"} | {name: f"zoo/{name}" for name in ("backbones", "configs", "kernels", "mllm", "tools")}
 
 
 @pytest.fixture(scope="session")

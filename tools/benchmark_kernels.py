@@ -389,6 +389,7 @@ def main(
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)

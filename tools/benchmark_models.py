@@ -74,6 +74,7 @@ def save(rows: Sequence[Row], settings: Settings, path: Path) -> None:
         "settings": {key: value for key, value in asdict(settings).items() if key not in ("size", "batch")},
         "rows": [{**asdict(row), "median": row.median, "spread": row.spread} for row in rows],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)

@@ -31,12 +31,15 @@ def clean_annotations(file: Path, classes: Sequence[str] | None = None) -> tuple
         raise ValueError(f"{file} has no list of {', '.join(lacking)}: expected COCO annotations of instances.")
     if not document["images"]:
         raise ValueError(f"{file} lists no pictures: there is nothing to train on.")
-    names = {category["id"]: category["name"] for category in document["categories"]}
+    try:
+        names = {category["id"]: category["name"] for category in document["categories"]}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} has a picture or category without {error}: expected COCO annotations.") from None
     if unknown := sorted(set(classes or ()) - set(names.values())):
         raise ValueError(
             f"{file} has no category {', '.join(unknown[:5])}, which the config names in metainfo.classes."
         )
-    sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
     good, problems = [], []
     for annotation in document["annotations"]:
         problem = _problem(annotation, names, sizes)

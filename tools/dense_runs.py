@@ -236,19 +236,24 @@ def prepare(config: Config, work_dir: str | Path, amp: str | None = None) -> Con
         raise ValueError("--amp needs a GPU: leave it out on a CPU.")
     if amp:
         config.optim_wrapper.update(type="AmpOptimWrapper", dtype=amp)
-    config.work_dir, config.resume = str(work_dir), True
+    config.work_dir, config.resume = str(work_dir), Path(work_dir, "last_checkpoint").is_file()
+    if config.resume:
+        config.load_from = None  # where the run began; mmengine would resume from there
     config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
     backends = [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}]
     config.visualizer = {"type": "Visualizer", "vis_backends": backends, "_scope_": "mmengine"}
     config.randomness = {"seed": 0, **config.get("randomness", {})}
-    if not config.train_dataloader.num_workers:
-        config.train_dataloader.persistent_workers = False
+    for loader in (config.train_dataloader, config.get("val_dataloader") or {}):
+        if not loader.get("num_workers"):
+            loader["persistent_workers"] = False
     for dataset in _datasets(config.train_dataloader.dataset):
-        if str(dataset.get("type")).startswith("Coco") and dataset.get("ann_file"):
+        if dataset.get("type") == "CocoDataset" and dataset.get("ann_file"):
             _use_clean_annotations(dataset, Path(work_dir))
         labels = [step["type"] for step in dataset.get("pipeline", [])]
         if config.default_scope == "mmseg" and "LoadAnnotations" in labels and "CheckLabels" not in labels:
-            check = {"type": "CheckLabels", "num_classes": config.model.decode_head.num_classes}
+            head = config.model.decode_head
+            classes = (head[-1] if isinstance(head, list) else head).num_classes
+            check = {"type": "CheckLabels", "num_classes": classes}
             dataset.pipeline.insert(labels.index("LoadAnnotations") + 1, check)
     loader = config.train_dataloader
     loader.dataset = {"type": "SeededDataset", "dataset": loader.dataset}
@@ -268,7 +273,7 @@ def _use_clean_annotations(dataset: dict[str, Any], work_dir: Path) -> None:
         stacklevel=2,
     )
     cleaned = work_dir.absolute() / f"cleaned_{file.name}"
-    write_json(cleaned, document)
+    write_json(cleaned, document, indent=None)
     dataset["ann_file"] = str(cleaned)
 
 
@@ -322,11 +327,11 @@ def export(runner: Any, metrics: dict[str, float]) -> None:
     write_json(folder / "metrics.json", metrics)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.write_text(json.dumps(content, indent=indent), encoding="utf-8")
     os.replace(part, path)
 
 

@@ -15,6 +15,7 @@ import torch
 from mmengine.config import DictAction
 
 from zoo.checkpoints import load_checkpoint
+from zoo.dense import begin_without_weights
 from zoo.tools.dense_runs import build_runner, check_data, read_config, report_errors, write_json
 
 TIMED = 5.0  # seconds that the speed is measured for
@@ -43,6 +44,7 @@ def evaluate(
     check_data(config, ("test_dataloader",))
     config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
     config.setdefault("work_dir", str(Path("output", Path(config_file).stem)))
+    begin_without_weights(config)
     config.custom_hooks, config.load_from, config.resume = [], None, False
     runner = build_runner(config)
     model = runner.model.module if hasattr(runner.model, "module") else runner.model

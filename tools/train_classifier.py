@@ -574,7 +574,8 @@ def _train(
 
 def _check_same_run(saved: dict[str, Any], config: Config, file: Path) -> None:
     now = dataclasses.asdict(config)
-    differ = sorted(key for key in now if key not in MAY_CHANGE and saved.get(key) != now[key])
+    then = {field.name: field.default for field in dataclasses.fields(config)} | saved  # it may lack newer settings
+    differ = sorted(key for key in now if key not in MAY_CHANGE and then[key] != now[key])
     if differ:
         raise ValueError(f"{file} is from a run with other settings ({', '.join(differ)}): set another output")
 

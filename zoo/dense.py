@@ -127,9 +127,7 @@ class DenseModel(Generic[Answer]):
         else:
             from mmseg.utils import register_all_modules
         register_all_modules(init_default_scope=False)
-        backbone = self.config.model.get("backbone", {})
-        if backbone.get("type") == "ZooBackbone":  # a whole checkpoint follows
-            backbone.update(pretrained=False, checkpoint=None)
+        begin_without_weights(self.config)
         with DefaultScope.overwrite_default_scope(self.scope):
             return revert_sync_batchnorm(MODELS.build(self.config.model))
 
@@ -138,7 +136,10 @@ class DenseModel(Generic[Answer]):
         from mmengine.dataset import Compose
         from mmengine.registry import DefaultScope
 
-        steps = self.config.get("test_pipeline") or self.config.test_dataloader.dataset.pipeline
+        dataset = self.config.get("test_dataloader", {}).get("dataset", {})
+        steps = dataset.get("pipeline") or self.config.get("test_pipeline")
+        if not steps:
+            raise ValueError("The config has neither test_dataloader.dataset.pipeline nor test_pipeline.")
         steps = [step for step in steps if not str(step["type"]).startswith("Load")]
         with DefaultScope.overwrite_default_scope(self.scope):
             return Compose([{"type": "LoadImageFromNDArray"}, *steps])
@@ -214,6 +215,13 @@ class DenseModel(Generic[Answer]):
     def _answer(self, sample: Any, size: tuple[int, int]) -> Answer:
         """From a data sample of the library, of a picture of width and height ``size`` that may have been padded."""
         raise NotImplementedError
+
+
+def begin_without_weights(config: Any) -> None:
+    """Changes a config whose ``ZooBackbone`` would load weights; for models that get a whole checkpoint."""
+    backbone = config.model.get("backbone", {})
+    if backbone.get("type") == "ZooBackbone":
+        backbone.update(pretrained=False, checkpoint=None)
 
 
 def _is_there(module: str) -> bool:

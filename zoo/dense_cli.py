@@ -93,7 +93,7 @@ def _run(
     from zoo.media import Video, find_media
 
     pictures, videos, failed = find_media(paths, allow_urls)
-    place = _Place(out, pictures, videos)
+    places = _places(out, pictures, videos)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     table = Table("Picture", "Found", box=None, pad_edge=False)
@@ -113,8 +113,9 @@ def _run(
             continue
         note(result)
         if out:
-            with replacing(place.of(result.source)) as part:
-                kind = Image.registered_extensions()[place.of(result.source).suffix.lower()]
+            path = places[result.source]
+            with replacing(path) as part:
+                kind = Image.registered_extensions()[path.suffix.lower()]
                 draw(result.picture, result.answer).save(part, kind)
     for path in videos:
         try:
@@ -122,10 +123,11 @@ def _run(
         except ImageError as error:
             failed.append(error)
             continue
-        with _video_sink(place.of(path) if out else None, video.rate) as write:
-            number, drawn = 0, None
-            for result in _tracked(model.predict_all(video), video.frames, os.path.basename(path)):
-                number += 1
+        before = len(images)
+        with _video_sink(places.get(path), video.rate) as write:
+            drawn = None
+            results = _tracked(model.predict_all(video), video.frames, os.path.basename(path))
+            for number, result in enumerate(results, 1):
                 if result.error:
                     failed.append(result.error)
                 else:
@@ -133,7 +135,7 @@ def _run(
                     drawn = draw(result.picture, result.answer) if out else None
                 if drawn:  # in the place of a frame that cannot be decoded, the one before it
                     write(drawn)
-        table.add_row(Text(path), f"{number} frames")
+        table.add_row(Text(path), f"{len(images) - before} frames")
 
     if as_json:
         first = 0 if isinstance(model, Segmenter) else 1
@@ -152,34 +154,38 @@ def _tracked(results: Iterator[DenseResult], total: int, name: str) -> Iterator[
     return track(results, name, total or None, console=console, transient=True, disable=not console.is_terminal)
 
 
-class _Place:
-    """Where the drawn copy of a source goes: the file that ``--out`` names, or one of its name in that folder."""
+def _places(out: Path | None, pictures: Sequence[str], videos: Sequence[str]) -> dict[str, Path]:
+    """Where the drawn copy of each source goes: to the file that ``--out`` names, or by its own name to that folder."""
+    sources = [*pictures, *videos]
+    if not out or not sources:
+        return {}
+    suffix = out.suffix.lower()
+    single = len(sources) == 1 and suffix in (PICTURES if pictures else (".mp4",)) and not out.is_dir()
+    if not single and (suffix in (*PICTURES, ".mp4") or out.is_file()):
+        what = f"{len(sources)} files" if len(sources) > 1 else "a picture" if pictures else "a video"
+        raise ValueError(f"--out {out} does not fit {what}: give a folder, or .png, .jpg or .mp4 for one file.")
+    places = {sources[0]: out} if single else _names_in(out, sources)
+    originals = {*map(os.path.realpath, sources)}
+    if replaced := [path for path in places.values() if os.path.realpath(path) in originals]:
+        raise ValueError(f"--out {out} would replace {replaced[0]}: give another place.")
+    return places
 
-    def __init__(self, out: Path | None, pictures: Sequence[str], videos: Sequence[str]) -> None:
-        suffix = out.suffix.lower() if out else ""
-        kinds = {*PICTURES} if pictures else {".mp4"}
-        single = len(pictures) + len(videos) == 1
-        self.file = out if single and suffix in kinds and not out.is_dir() else None
-        if out and not self.file and (suffix in (*PICTURES, ".mp4") or out.is_file()):
-            what = "a picture, a video" if single else f"{len(pictures) + len(videos)} files"
-            raise ValueError(f"--out {out} does not fit {what}: give a folder, or .png, .jpg or .mp4 for one file.")
-        self.out, self.taken = out, {}
 
-    def of(self, source: str) -> Path:
-        if self.file:
-            return self.file
-        if source not in self.taken:
-            name = os.path.basename(source) or "picture"
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in (*PICTURES, ".mp4"):
-                from zoo.media import VIDEOS
+def _names_in(folder: Path, sources: Sequence[str]) -> dict[str, Path]:
+    """A path of its own in the folder for each source."""
+    from zoo.media import VIDEOS
 
-                suffix = ".mp4" if suffix.lower() in VIDEOS else ".png"
-            number, used = 1, set(self.taken.values())
-            while (path := self.out / f"{stem}{f'-{number}' if number > 1 else ''}{suffix}") in used:
-                number += 1
-            self.taken[source] = path
-        return self.taken[source]
+    taken: dict[Path, str] = {}
+    for source in sources:
+        stem, suffix = os.path.splitext(os.path.basename(source) or "picture")
+        if suffix.lower() not in (*PICTURES, ".mp4"):
+            suffix = ".mp4" if suffix.lower() in VIDEOS else ".png"
+        number, path = 1, folder / f"{stem}{suffix}"
+        while path in taken:
+            number += 1
+            path = folder / f"{stem}-{number}{suffix}"
+        taken[path] = source
+    return {source: path for path, source in taken.items()}
 
 
 @contextmanager

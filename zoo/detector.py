@@ -79,7 +79,14 @@ class Detector(DenseModel[Detections]):
         return super()._build()
 
     def _answer(self, sample: Any, size: tuple[int, int]) -> Detections:
-        found = sample.pred_instances.cpu().numpy()
+        from mmdet.structures.mask import mask2bbox
+
+        if "pred_instances" not in sample:
+            raise ValueError("The model gives no instances: expected a detector, not a model of panoptic maps alone.")
+        found = sample.pred_instances.cpu()
+        if "masks" in found and not found.bboxes.any():  # SOLO gives masks alone
+            found.bboxes = mask2bbox(found.masks)
+        found = found.numpy()
         width, height = size
         boxes = found.bboxes.astype(np.float32).clip(0, [width, height, width, height])
         inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])  # not only in the border of a padded picture

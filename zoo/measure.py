@@ -228,6 +228,8 @@ def measure(names: Sequence[str], settings: Settings, modes: Sequence[Mode] = (M
         ValueError: there is no such model, kernels or device, or none of the models runs.
     """
     cuda = settings.device.startswith("cuda")
+    if not cuda and settings.device != "cpu":
+        raise ValueError(f"The device is {settings.device}: measured are cpu and cuda.")
     if cuda and not torch.cuda.is_available():
         raise ValueError("There is no CUDA device here: use --device cpu.")
     if settings.amp and settings.dtype is Dtype.fp32:
@@ -237,6 +239,8 @@ def measure(names: Sequence[str], settings: Settings, modes: Sequence[Mode] = (M
     if settings.threads:
         torch.set_num_threads(settings.threads)
     cases = list(itertools.product(names, modes))
+    if not cases:
+        raise ValueError("There is nothing to measure: give a model and a mode.")
     # One frame of code serves all variants of a family, and each compiles it anew: too many would go on eagerly.
     with torch._dynamo.config.patch(recompile_limit=8 + 4 * len(cases), fail_on_recompile_limit_hit=True):
         return _measure(cases, settings, cuda)
@@ -296,7 +300,7 @@ def _warmed_up(name: str, model: nn.Module, settings: Settings, mode: Mode, cuda
     step()
     peak = _cuda_peak(step, settings.device) - before if cuda else _cpu_peak(name, settings, mode)
     seconds = min(_time(step, 1, settings.device) for _ in range(2))
-    return _Case(name, mode, params, step, math.ceil(settings.seconds / seconds), peak, [])
+    return _Case(name, mode, params, step, max(1, math.ceil(settings.seconds / seconds)), peak, [])
 
 
 def _time(step: Callable[[], Tensor], repeats: int, device: str) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.images import ImageError, find_images
+from zoo.images import URL, ImageError, find_images
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm")
 LAST_FRAMES = 30  # that fail in a row are the end of a video, whatever its header says
@@ -19,30 +19,27 @@ def find_media(
     """Expand what a user typed into pictures and videos.
 
     Args:
-        paths: files, folders, globs and URLs of pictures, as of `zoo.images.find_images`; files and folders of videos.
+        paths: files, folders, globs and URLs of pictures, as of `zoo.images.find_images`; files, folders and globs of
+            videos.
         allow_urls: as of `zoo.images.find_images`.
 
     Returns:
         Pictures, videos, and an error for each path that leads to neither.
     """
-    videos: dict[str, None] = {}
-    others, only_videos = [], set()
-    for path in map(os.fspath, paths):
-        found = [path] if _is_video(path) and not os.path.isdir(path) else []
-        if os.path.isdir(path):
-            hidden = (part for part in Path(path).rglob("*") if _is_video(part.name) and part.is_file())
-            found = sorted(str(part) for part in hidden if not part.name.startswith("."))
-            others.append(path)
-            only_videos |= {path} if found else set()
-        elif not found:
-            others.append(path)
-        videos.update(dict.fromkeys(found))
-    pictures, failed = find_images(others, allow_urls)
-    return pictures, list(videos), [error for error in failed if error.source not in only_videos]
+    found, failed = find_images(paths, allow_urls)
+    pictures = [path for path in found if not _is_video(path)]
+    videos = dict.fromkeys(path for path in found if _is_video(path))
+    with_videos = set()
+    for folder in filter(os.path.isdir, map(os.fspath, paths)):
+        inside = (path for path in Path(folder).rglob("*") if _is_video(path.name) and path.is_file())
+        shown = sorted(str(p) for p in inside if not any(part[0] == "." for part in p.relative_to(folder).parts))
+        videos.update(dict.fromkeys(shown))
+        with_videos |= {folder} if shown else set()
+    return pictures, list(videos), [error for error in failed if error.source not in with_videos]
 
 
 def _is_video(name: str) -> bool:
-    return name.lower().endswith(VIDEOS)
+    return name.lower().endswith(VIDEOS) and not URL.match(name)
 
 
 class Video:
@@ -54,7 +51,6 @@ class Video:
     Attributes:
         frames: how many there are, as its header says; 0 if that is not known.
         rate: frames per second.
-        size: width and height.
 
     Raises:
         ImageError: it is missing, or no video that can be read here.
@@ -71,11 +67,10 @@ class Video:
             raise ImageError(path, "is no video that can be read here, or it is damaged.")
         self.frames = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         self.rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-        self.size = tuple(int(capture.get(edge)) for edge in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         capture.release()
 
     def __iter__(self) -> Iterator[np.ndarray | ImageError]:
-        """Each frame as RGB, (H, W, 3) uint8, or an error in its place."""
+        """Each frame as RGB, (H, W, 3) uint8, or an error in its place; an error at the end if frames are missing."""
         import cv2
 
         capture = cv2.VideoCapture(self.path)
@@ -95,5 +90,5 @@ class Video:
                 number += 1
         finally:
             capture.release()
-        if len(bad) > ROUNDING:
+        if len(bad) > ROUNDING or number == len(bad):
             yield ImageError(self.path, f"ends after {number - len(bad)} of {self.frames} frames.")

@@ -3,16 +3,13 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of a size in inches.
+def new_figure(width: float, height: float) -> Any:
+    """An empty ``matplotlib.figure.Figure`` of a size in inches.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -70,7 +67,8 @@ def draw_lines(path: Path, panels: Mapping[str, Mapping[str, Points]], x_label: 
     _save(figure, path)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".tmp")
     figure.savefig(scratch, format="png", dpi=150)
     os.replace(scratch, path)

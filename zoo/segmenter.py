@@ -14,7 +14,7 @@ class Segmentation:
 
     Attributes:
         labels: places in the model's list of classes, int64 (H, W).
-        names: the whole list.
+        names: the whole list; where the model has no name for a class, "class K".
     """
 
     labels: np.ndarray
@@ -38,5 +38,5 @@ class Segmenter(DenseModel[Segmentation]):
     def _answer(self, sample: Any, size: tuple[int, int]) -> Segmentation:
         width, height = size
         labels = sample.pred_sem_seg.data[0, :height, :width].cpu().numpy().astype(np.int64)
-        names = self.labels or tuple(f"class {k}" for k in range(int(labels.max()) + 1))
-        return Segmentation(labels, names)
+        unnamed = range(len(self.labels), int(labels.max()) + 1)
+        return Segmentation(labels, (*self.labels, *(f"class {k}" for k in unnamed)))

@@ -49,7 +49,7 @@ class Block(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> "Block":
-        """Merge RepBNs into the layers that read them, for ``timm.models.reparameterize_model``."""
+        """Merge RepBNs into the layers that read them, for ``timm.utils.reparameterize_model``."""
         readers = self.mixer.readers() if hasattr(self.mixer, "readers") else []
         if readers and merge_into_readers(self.norm1, *readers):
             self.norm1 = nn.Identity()
@@ -100,7 +100,7 @@ class ConvEmbed(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> "ConvEmbed":
-        """Merge a RepBN into the convolution, for ``timm.models.reparameterize_model``."""
+        """Merge a RepBN into the convolution, for ``timm.utils.reparameterize_model``."""
         if merge_into_writer(self.norm, self.conv):
             self.norm = nn.Identity()
         return self

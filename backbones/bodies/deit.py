@@ -83,7 +83,7 @@ class TokenBlock(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> "TokenBlock":
-        """Merge RepBNs into the layers that read them, for ``timm.models.reparameterize_model``."""
+        """Merge RepBNs into the layers that read them, for ``timm.utils.reparameterize_model``."""
         if hasattr(self.attn, "readers") and merge_into_readers(self.norm1, *self.attn.readers()):
             self.norm1 = nn.Identity()
         if merge_into_readers(self.norm2, self.mlp.fc1):

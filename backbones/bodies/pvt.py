@@ -86,7 +86,7 @@ class Reduction(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> "Reduction":
-        """Merge a RepBN into the convolution, for ``timm.models.reparameterize_model``."""
+        """Merge a RepBN into the convolution, for ``timm.utils.reparameterize_model``."""
         if merge_into_writer(self.norm, self.conv):
             self.norm = nn.Identity()
         return self

@@ -137,7 +137,7 @@ class PatchMerging(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> "PatchMerging":
-        """Merge a RepBN into the linear layer, for ``timm.models.reparameterize_model``."""
+        """Merge a RepBN into the linear layer, for ``timm.utils.reparameterize_model``."""
         if merge_into_readers(self.norm, self.reduction):
             self.norm = nn.Identity()
         return self

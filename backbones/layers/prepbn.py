@@ -63,7 +63,7 @@ class RepBN(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The layer at inference as one multiplication and one addition, for ``timm.models.reparameterize_model``."""
+        """The layer at inference as one multiplication and one addition, for ``timm.utils.reparameterize_model``."""
         return ChannelAffine(*(x.detach().to(self.alpha.dtype) for x in self.affine()))
 
 
@@ -94,8 +94,10 @@ class PRepBN(nn.Module):
         """(..., C) to the same."""
         if not self.training:
             return self.rep_bn(x)
-        share = (self.progress[0] / self.progress[1]).to(x.dtype)
-        return torch.lerp(self.layer_norm(x), self.rep_bn(x), share)
+        norm, rep = self.layer_norm(x), self.rep_bn(x)
+        dtype = torch.promote_types(norm.dtype, rep.dtype)  # autocast gives them different ones
+        share = (self.progress[0] / self.progress[1]).to(dtype)
+        return torch.lerp(norm.to(dtype), rep.to(dtype), share)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """As of ``RepBN``."""

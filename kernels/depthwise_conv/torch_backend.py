@@ -49,7 +49,7 @@ def epilogue_backward(
     grad_gate = x.new_empty(0)
     if gate is not None:
         grad_gate = (ACTIVATIONS[activation](total) * grad).to(gate.dtype).contiguous()
-        grad = grad * gate
+        grad = grad * gate.to(dtype)
     return _SLOPES[activation](grad, total).to(x.dtype, memory_format=torch.contiguous_format, copy=True), grad_gate
 
 

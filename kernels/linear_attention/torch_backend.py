@@ -137,7 +137,7 @@ def backward(
     if gate is not None:
         y = out.transpose(1, 2)
         d_gate = (d_out * (y if local is None else y + local)).to(gate.dtype)
-        d_out = d_out * gate
+        d_out = d_out * gate.to(d_out.dtype)
     if local is not None:
         d_local = d_out.to(local.dtype)
     d_out = d_out.transpose(1, 2)

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from timm.layers import LayerNorm2d
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -38,6 +38,16 @@ def test_training_is_the_formula():
         assert_close(norm(x), (1 - share) * layer + share * rep)
     norm.eval()
     assert_close(norm(x), norm.rep_bn.bn(x.reshape(-1, 6)).view(x.shape) + 0.7 * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_under_autocast(dtype):
+    x = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    norm = PRepBN(6).train()
+    set_prep_progress(norm, 1, 4)
+    exact = norm(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(norm(x).float(), exact, atol=0.05, rtol=0.02)
 
 
 def test_progress_is_checked():

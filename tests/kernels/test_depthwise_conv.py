@@ -126,6 +126,20 @@ def test_a_gate_of_another_dtype_and_without_a_gradient(close):
     close(grad, exact_grad)
 
 
+def test_a_gate_of_a_finer_dtype(close, gradients):
+    tensors = (*inputs(), gate_of().double())
+
+    def run(function):
+        return lambda x, weight, bias, gate: function(x, weight, bias, activation="gelu", gate=gate)
+
+    y, grads = gradients(run(depthwise_conv2d), *tensors)
+    exact_y, exact_grads = gradients(run(depthwise_conv2d_reference), *(x.double() for x in tensors))
+    close(y, exact_y)
+    for grad, exact in zip(grads[:3], exact_grads, strict=False):
+        close(grad, exact)
+    close(grads[3].float(), exact_grads[3])
+
+
 @pytest.mark.parametrize(("K", "stride", "dilation", "residual"), [(3, 1, 1, True), (3, 2, 1, False), (5, 1, 3, False)])
 def test_gradcheck(K, stride, dilation, residual):
     leaves = [x.requires_grad_() for x in inputs(B=1, H=4, W=5, C=2, K=K, dtype=torch.float64)]

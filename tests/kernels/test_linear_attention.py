@@ -80,6 +80,20 @@ def test_values_and_gradients(feature_map, token_weights, rotated, close, gradie
         close(grad, exact)
 
 
+def test_a_local_term_and_a_gate_of_a_finer_dtype(close, gradients):
+    q, k, v, local, gate = inputs()
+    tensors = (q, k, v, local.double(), gate.double())
+
+    def run(function):
+        return lambda q, k, v, local, gate: function(q, k, v, local=local, gate=gate)
+
+    y, grads = gradients(run(linear_attention), *tensors)
+    exact_y, exact_grads = gradients(run(linear_attention_reference), *(x.double() for x in tensors))
+    close(y, exact_y)
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        close(grad.float(), exact)
+
+
 def test_subtraction_by_hand():
     """One head, two tokens: weights that are 1/N plus what is above the mean."""
     q, k, v = [[0.5, -1.0], [2.0, 0.25]], [[1.0, 0.5], [-0.5, 3.0]], [[1.0, 2.0], [-3.0, 4.0]]
@@ -187,8 +201,8 @@ def test_triton_computes_only_where_it_is_asked_for(monkeypatch):
     q, _, v, *_ = inputs()
     for choice, backends in (("auto", {"torch"}), ("triton", {"torch", "triton"})):
         monkeypatch.setenv("ZOO_KERNELS", choice)
-        for settings in (Settings("elu+1", True, 3, 5, 1e4, 1e-6), Settings("silu", False, 3, 5, 1e4, 1e-6, "keys")):
-            assert set(op._backends(q, v, settings, "forward")) == backends
+        for chosen in (Settings("elu+1", True, 3, 5, 1e4, 1e-6), Settings("silu", False, 3, 5, 1e4, 1e-6, "keys")):
+            assert set(op._backends(q, v, chosen, "forward")) == backends
 
 
 @pytest.mark.parametrize("feature_map", ["elu+1", "exp"])

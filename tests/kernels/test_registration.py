@@ -84,3 +84,10 @@ def test_a_call_without_gradients_builds_no_graph(calls):
     with torch.no_grad():
         assert function(*leaves)[0].grad_fn is None
     assert function(*(x.detach() if isinstance(x, torch.Tensor) else x for x in leaves))[0].grad_fn is None
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = (torch.randn(1, 6, 2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(3))
+    (grad,) = torch.autograd.grad(linear_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()

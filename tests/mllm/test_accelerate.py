@@ -14,6 +14,7 @@ REDUCTIONS = [
     "uniform:keep=0.5",
     "random:layer=3,keep=0.5",
     "divprune:keep=0.3",
+    ["random:layer=2,keep=0.75", "fastv:layer=2,keep=0.5"],
     ["uniform:keep=0.75", "fastv:layer=2,keep=0.5", "random:layer=4,keep=0.4"],
 ]
 GREEDY = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
@@ -236,12 +237,13 @@ def test_mod_is_skipping(model, batch, rows, reduce, rule):
     with accelerate(model, reduce, depth, rule, [MARKER]) as handle:
         prefill = logits(model, inputs)
         out = model.generate(**inputs, max_new_tokens=3, **GREEDY, return_dict_in_generate=True, output_logits=True)
-        seen, routed = seen_by_layers(handle), handle.last.routed
+        seen, routed, report = seen_by_layers(handle), handle.last.routed, handle.report()
     last = inputs["input_ids"].shape[1] - 1
     want = masked(model, continued(inputs, out.sequences), seen, rule, (depth, ROUTED))
     torch.testing.assert_close(torch.stack(out.logits, 1), want[:, last:-1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(prefill[:, last], want[:, last], atol=1e-5, rtol=1e-5)
     is_image = inputs["input_ids"] == IMAGE
+    assert report["visual_tokens_per_layer"] == [int((layer & is_image).sum()) for layer in seen]
     for layer, before in ((2, seen[3] if reduce else None), (4, seen[3])):
         if before is not None:
             visual = (before & is_image).sum(1)
@@ -275,3 +277,94 @@ def test_mod_trains_its_router(model, batch):
     assert losses[0] == pytest.approx(losses[1]) and losses[0][1] > 0
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduce", ["fastv:layer=1,keep=0.5", "divprune:layer=1,keep=0.5"])
+def test_checkpoints_of_two_passes(model, batch, reduce):
+    """A checkpointed layer that is computed again drops, skips and gates as in its own pass, not as in the last."""
+    one, other = batch(1), batch(1)
+    other["input_ids"] = torch.where(one["input_ids"] == 7, 40, one["input_ids"])
+    depth, gradients = MoD(0.5, ROUTED), []
+    for checkpointing in (False, True):
+        trained = copy.deepcopy(model).train()
+        if checkpointing:
+            trained.gradient_checkpointing_enable({"use_reentrant": False})
+        with accelerate(trained, reduce, depth):
+            depth.zero_grad()
+            losses = [trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss for inputs in (one, other)]
+            sum(losses).backward()
+        gradients.append([depth.router.weight.grad, *(x.grad for x in trained.get_decoder().layers.parameters())])
+    assert gradients[0][0].abs().max() > 0
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+ACCELERATIONS = [("uniform:keep=0.5", None), ("fastv:layer=2,keep=0.5", None), ((), MoD(0.5, ROUTED))]
+
+
+@torch.no_grad()
+def by_hand(model, inputs, tokens, copied=False):
+    """Logits of the prompt's last token and of the tokens fed one by one, without masks and positions."""
+    out = model(**{name: x for name, x in inputs.items() if name != "attention_mask"}, use_cache=True)
+    steps = [out.logits[:, -1]]
+    for token in tokens.split(1, dim=1):
+        name = "cache" if "cache" in out else "past_key_values"
+        cache = copy.deepcopy(out[name]) if copied else out[name]
+        out = model(input_ids=token, use_cache=True, **{name: cache})
+        steps.append(out.logits[:, -1])
+    return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize(("reduce", "depth"), ACCELERATIONS, ids=["before", "inside", "routed"])
+def test_decoding_by_hand_of_rows_with_and_without_an_image(model, batch, reduce, depth):
+    """Nothing is padded, but fewer tokens are kept of the row with an image."""
+    inputs = batch(1)
+    text = torch.arange(inputs["input_ids"].shape[1])[None] % 80 + 3
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], text])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    if (
+        inputs["pixel_values"].ndim == 5
+        and len(inputs["pixel_values"]) == 1
+        and model.config.model_type != "llava_next"
+    ):
+        inputs["pixel_values"] = torch.cat([inputs["pixel_values"], torch.zeros_like(inputs["pixel_values"])])
+    tokens = torch.tensor([[30, 31], [32, 33]])
+    with accelerate(model, reduce, depth) as handle:
+        fed = by_hand(model, inputs, tokens)
+        seen = seen_by_layers(handle)
+        assert torch.equal(by_hand(model, inputs, tokens, copied=True), fed)
+        generated = model.generate(**inputs, max_new_tokens=3, **GREEDY)
+    assert not seen.all()
+    length = inputs["input_ids"].shape[1]
+    routing = depth and (depth, ROUTED)
+    longer = continued(inputs, torch.cat([inputs["input_ids"], tokens], 1))
+    torch.testing.assert_close(fed, masked(model, longer, seen, routing=routing)[:, length - 1 :], atol=1e-5, rtol=1e-5)
+    want = masked(model, continued(inputs, generated), seen, routing=routing)[:, length - 1 : -1]
+    want[..., IMAGE] = -torch.inf
+    assert torch.equal(want.argmax(-1), generated[:, length:])
+
+
+def test_what_would_silently_be_plain_is_refused(build, batch, family):
+    model, inputs = build(family), batch(1)
+    options = {"max_new_tokens": 1, **GREEDY}
+    with accelerate(model, "uniform"), pytest.raises(ValueError, match="needs a cache that grows"):
+        model.generate(**inputs, **options, cache_implementation="static")
+    if family != "llava":  # the others take no parts of prompts with images
+        return
+    behind_image = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 2
+    for size, acceleration in ((8, {"reduce": "uniform"}), (behind_image, {"mask": "mma", "prompt_end": [MARKER]})):
+        refused = pytest.raises(ValueError, match="A part of the prompt came after the cache was filled")
+        with accelerate(model, **acceleration), refused:
+            model.generate(**inputs, **options, prefill_chunk_size=size)
+
+
+def test_the_model_may_change_its_dtype(model, batch):
+    moved = copy.deepcopy(model)
+    inputs = batch(3)
+    with accelerate(moved, "fastv:layer=1,keep=0.5", MoD(0.5, ROUTED), "mma", [MARKER]):
+        moved.double()
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        out = logits(moved, inputs)
+    assert out.dtype == torch.float64 and out.isfinite().all()

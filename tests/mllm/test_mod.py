@@ -21,6 +21,12 @@ def test_top_k_skips_the_lowest():
     assert [(~row).nonzero()[:, 0].tolist() for row in kept] == [[2, 4], [4]]
 
 
+def test_the_ratio_is_exact():
+    """In float32, 75 * 0.84 is less than 63."""
+    layout = TokenLayout.from_ids(torch.full((1, 75), 9), [9])
+    assert (~MoD(0.84).route(torch.zeros(1, 75, 2), layout)).sum() == 63
+
+
 def test_a_threshold_keeps_what_is_above():
     p = torch.tensor([[0.1, 0.5001, 0.2, 0.9, 0.3, 0.4, 0.1], [0.1, 0.1, 0.8, 0.7, 0.6, 0.1, 0.1]])
     kept = MoD(select="threshold").route(logits_of(p), LAYOUT)
@@ -58,6 +64,7 @@ def test_arank_of_matrices_made_by_hand():
     assert arank(Attending(padded), [{"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}]) == pytest.approx(
         ranks[:1]
     )
+    assert arank(Attending(layer), [{}]) == pytest.approx(ranks[:1])
 
 
 def test_arank_of_a_model(build):
@@ -82,6 +89,8 @@ def test_wrong_options_are_named(build):
             MoD(**options)
     with pytest.raises(ValueError, match=r"layers are \[2, 5\], but the decoder has layers 1 to 4"):
         accelerate(model, depth=MoD(layers=[2, 5]))
+    with pytest.raises(ValueError, match="no layer of a decoder with 5 layers is left to route"):
+        accelerate(model, depth=MoD(layers=[]))
     with pytest.raises(ValueError, match="FastV at layer 3 needs the attention of layer 2, in which MoD skips"):
         accelerate(model, FastV(layer=3), MoD(layers=[2]))
     with accelerate(model) as handle, pytest.raises(RuntimeError, match="There is no loss"):

@@ -23,6 +23,14 @@ def test_uniform_keeps_a_stride():
     assert kept(Uniform(1 / 3)) == [[3, 6], [5]]
 
 
+@pytest.mark.parametrize("method", [Uniform(0.6), DivPrune(0.6), Random(0.6)])
+def test_the_share_is_exact(method):
+    """In float32, 25 * 0.6 is more than 15."""
+    layout = TokenLayout.from_ids(torch.full((1, 25), 9), [9])
+    hidden = torch.randn(1, 25, 8, generator=torch.Generator().manual_seed(0))
+    assert method.select(layout, hidden, None).sum() == 15
+
+
 def test_fastv_keeps_what_is_attended_to_and_the_earlier_of_equals():
     attention = torch.tensor([[9, 0.1, 0.3, 0.1, 0.5, 0.1, 0.1, 9], [9, 9, 9, 0.2, 0.2, 0.2, 9, 9]])
     assert kept(FastV(0.5), attention=attention) == [[1, 2, 4], [3, 4]]
@@ -92,7 +100,8 @@ def test_wrong_models_and_options_are_named(build):
     assert model.get_decoder().config._attn_implementation == "sdpa"
 
 
-def test_another_family_can_be_registered():
-    register_family("new_vl")
-    assert "new_vl" in FAMILIES
-    FAMILIES.discard("new_vl")
+def test_another_family_can_be_registered(build):
+    register_family("llama")
+    with pytest.raises(ValueError, match="config names no image token"):
+        accelerate(build("llava").get_decoder())
+    FAMILIES.discard("llama")

@@ -115,7 +115,7 @@ def command(*arguments):
 def test_table_and_file(monkeypatch, tmp_path):
     monkeypatch.setattr(B, "CPU_SHAPES", {op: (shape,) for op, shape in SHAPES.items()})
     monkeypatch.setattr(B, "copy_bandwidth", lambda device: 1e10)
-    out = tmp_path / "kernels.json"
+    out = tmp_path / "new/kernels.json"
     result = command("--seconds", 30, "--no-compile", "--json", out)
     assert result.exit_code == 0, result.output
     document = json.loads(out.read_text())

@@ -55,7 +55,7 @@ def test_each_size_has_its_own_comparison(capsys):
 def test_command_line(model, tmp_path):
     command = [sys.executable, "-m", "zoo.tools.benchmark_models"]
     options = ["--size", "16", "--batch", "2", "--rounds", "2", "--seconds", "0.01", "--threads", "1"]
-    out, plot = tmp_path / "out.json", tmp_path / "plot.png"
+    out, plot = tmp_path / "new/out.json", tmp_path / "other/plot.png"
     files = ["--json", str(out), "--plot", str(plot)]
     wide = {**os.environ, "COLUMNS": "160"}
     done = subprocess.run([*command, model, *options, *files], capture_output=True, text=True, env=wide)
@@ -67,7 +67,7 @@ def test_command_line(model, tmp_path):
     (row,) = content["rows"]
     assert (row["mode"], row["size"], row["batch"]) == ("eager", 16, 2)
     assert row["params"] == 112 and len(row["images_per_second"]) == 2 and row["median"] > 0
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
     with Image.open(plot) as image:
         assert image.format == "PNG" and len(set(image.convert("RGB").resize((60, 40)).get_flattened_data())) > 10
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -119,6 +120,16 @@ def test_the_masks_lie_on_the_drawings(built):
         blue = (picture[..., 2] > 150) & (picture[..., :2].max(-1) < 110)
         hits.append(blue[drawn].mean())
     assert np.mean(hits) > 0.9  # grain, blur and JPEG take some
+
+
+def test_edges_are_as_bright_as_the_drawing(monkeypatch):
+    monkeypatch.setattr(scenes, "LENGTHS", (40, 40))
+    rows, columns = np.mgrid[:96, :96] - 48
+    drawing = np.zeros((96, 96, 4), np.uint8)
+    drawing[rows**2 + columns**2 < 40**2] = (200, 100, 50, 255)
+    small = scenes._scaled(drawing, Random(0)).astype(int)
+    edge = (small[..., 3] > 20) & (small[..., 3] < 235)
+    assert edge.sum() > 10 and np.allclose(small[edge][:, 0], small[edge][:, 3] * 200 / 255, atol=10)
 
 
 def test_the_styles_are_kept_apart(root, tmp_path, monkeypatch):

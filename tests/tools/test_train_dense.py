@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import warnings
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from zoo.tools import test_dense, train_detector, train_segmenter
 from zoo.tools.coco import clean_annotations
-from zoo.tools.dense_runs import CheckLabels, SeededDataset, SeededSampler, check_data, read_config
+from zoo.tools.dense_runs import CheckLabels, SeededDataset, SeededSampler, check_data, prepare, read_config
 from zoo.tools.quickstart.scenes import CATEGORIES
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -155,7 +156,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(data, tmp_path, task, monkeyp
     assert list((tmp_path / "whole").rglob("events.out.tfevents*"))
     with safe_open(tmp_path / "whole/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["labels"])[-2:] == list(NAMES)
-    again = test_dense.evaluate(config, str(tmp_path / "whole/epoch_2.pth"))
+    unused = {"model.backbone.checkpoint": "not loaded, as all weights are given"}
+    again = test_dense.evaluate(config, str(tmp_path / "whole/epoch_2.pth"), unused)
     assert again.pop("images_per_second") > 0
     assert {key: again[key] for key in metrics[0]} == pytest.approx(metrics[0], abs=1e-6)
 
@@ -167,6 +169,25 @@ def test_training_learns(data, tmp_path):
     (log,) = (tmp_path / "run").rglob("scalars.json")
     losses = [record["loss"] for record in map(json.loads, log.read_text().splitlines()) if "loss" in record]
     assert len(losses) == 24 and np.mean(losses[-6:]) < 0.6 * np.mean(losses[:3])
+
+
+def test_a_run_begins_with_given_weights_and_goes_on_from_its_own(data, tmp_path):
+    options = {"load_from": "detector.pth", "val_dataloader.persistent_workers": True}
+    config = read_config(write_config(data, "detector"), options)
+    fresh = prepare(copy.deepcopy(config), tmp_path / "run")
+    assert not fresh.resume and fresh.load_from == "detector.pth"
+    assert not fresh.val_dataloader.persistent_workers  # PyTorch refuses it where there are no workers
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/last_checkpoint").write_text("epoch_1.pth")
+    again = prepare(copy.deepcopy(config), tmp_path / "run")
+    assert again.resume and again.load_from is None
+
+
+def test_panoptic_annotations_are_taken_as_they_are(data, tmp_path):
+    config = read_config(write_config(data, "detector"))
+    (data / "annotations/panoptic.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    config.train_dataloader.dataset.update(type="CocoPanopticDataset", ann_file="annotations/panoptic.json")
+    assert prepare(config, tmp_path / "run").train_dataloader.dataset.dataset.ann_file == "annotations/panoptic.json"
 
 
 def test_missing_data_are_named(data, tmp_path, capsys):
@@ -214,6 +235,7 @@ def test_training_goes_on_without_what_is_broken(data, tmp_path):
         ("{", "is no JSON"),
         ("[]", "no list of images, annotations, categories"),
         ('{"images": [], "annotations": [], "categories": []}', "no pictures"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "without 'height'"),
     ],
 )
 def test_useless_annotation_files(tmp_path, text, message):

@@ -146,6 +146,36 @@ def test_the_score_is_the_least_one(tiny, detector):
     assert 0 < len(some) < len(everything) and some.scores.min() >= score
 
 
+def test_masks_without_boxes(detector):
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    masks = torch.zeros(1, 20, 30, dtype=torch.bool)
+    masks[0, 4:9, 10:25] = True
+    found = InstanceData(bboxes=torch.zeros(1, 4), scores=torch.ones(1), labels=torch.ones(1).long(), masks=masks)
+    answer = detector._answer(DetDataSample(pred_instances=found), (30, 20))
+    assert answer.boxes.tolist() == [[10, 4, 25, 9]] and answer.masks.sum() == 75
+    with pytest.raises(ValueError, match="gives no instances"):
+        detector._answer(DetDataSample(), (30, 20))
+
+
+def test_classes_without_a_name(tiny):
+    model = Segmenter(**tiny["segmenter"], labels=["background", "one"], device="cpu")
+    (found,) = model.predict(noise(96, 64))
+    last = int(found.labels.max())
+    assert last > 1 and found.names[:2] == ("background", "one") and found.names[last] == f"class {last}"
+    assert sum(found.shares().values()) == pytest.approx(1)
+
+
+def test_the_pictures_are_prepared_as_for_the_evaluation(tiny, tmp_path):
+    config = tmp_path / "config.py"
+    steps = '[dict(type="Resize", scale=(96, 80)), dict(type="PackSegInputs")]'
+    base = tiny["segmenter"]["config"]
+    config.write_text(f'_base_ = "{base}"\ntest_dataloader = dict(dataset=dict(pipeline={steps}))\n')
+    model = Segmenter(config=config, checkpoint=tiny["segmenter"]["checkpoint"], device="cpu")
+    assert model._load(noise(64, 48))[1]["inputs"].shape == (3, 80, 96)
+
+
 def test_refusals(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("zoo.checkpoints._lookalike", lambda *_: "")  # builds every model of the zoo
     with pytest.raises(FileNotFoundError, match="no quickstart detector on nothing"):
@@ -220,35 +250,65 @@ def test_segment_writes_coco_and_pictures(tiny, segmenter, tmp_path):
     text = invoke("segment", tiny, tmp_path / "a.png", tmp_path / "none.png")
     assert text.exit_code == 1 and "%" in text.stdout and "none.png" in text.stderr
     wrong = invoke("segment", tiny, tmp_path / "a.png", "--out", tmp_path / "a.mp4")
-    assert wrong.exit_code == 2 and "does not fit" in wrong.stderr
+    assert wrong.exit_code == 2 and "does not fit a picture" in wrong.stderr
+
+
+def test_no_original_is_replaced(tiny, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        noise(40, 30).save(tmp_path / folder / "a.png")
+    files = [tmp_path / folder / "a.png" for folder in ("one", "two")]
+    before = files[1].read_bytes()
+    for arguments in ((files[1], "--out", files[1]), (*files, "--out", tmp_path / "two")):
+        refused = invoke("segment", tiny, *arguments)
+        assert refused.exit_code == 2 and "would replace" in refused.stderr
+    assert files[1].read_bytes() == before
+    result = invoke("segment", tiny, *files, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a-2.png", "a.png"]
+    nothing = invoke("segment", tiny, tmp_path / "*.gif", "--out", tmp_path / "b.png")
+    assert nothing.exit_code == 2 and "matches no picture" in nothing.stderr
 
 
 def test_media_are_found(tmp_path):
-    (tmp_path / "videos/deep").mkdir(parents=True)
-    clip = write_video(tmp_path / "videos/deep/clip.mp4")
+    for folder in ("deep", ".hidden"):
+        (tmp_path / "videos" / folder).mkdir(parents=True)
+        clip = write_video(tmp_path / "videos" / folder / "clip.mp4")
+    clip = tmp_path / "videos/deep/clip.mp4"
     noise(8, 8).save(tmp_path / "a.png")
     pictures, videos, failed = find_media([tmp_path / "videos", clip, tmp_path / "a.png", tmp_path / "*.gif"])
     assert pictures == [str(tmp_path / "a.png")] and videos == [str(clip)]
     assert [error.source for error in failed] == [str(tmp_path / "*.gif")]
+    assert find_media([tmp_path / "videos/*/*.mp4"]) == ([], [str(clip)], [])
+    assert find_media(["https://host/clip.mp4"]) == (["https://host/clip.mp4"], [], [])
 
 
 def test_a_bad_frame_does_not_end_a_video(tmp_path, monkeypatch):
     path = str(write_video(tmp_path / "clip.mp4", frames=5))
     assert [int(frame.mean().round(-1)) for frame in Video(path)] == [0, 40, 80, 120, 160]
 
-    class Failing(cv2.VideoCapture):
-        number = 0
+    class Failing:  # no subclass: freeing one of OpenCV's classes crashes Python
+        original, number = cv2.VideoCapture, 0
+
+        def __init__(self, source):
+            self.capture = self.original(source)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
 
         def read(self):
-            good, frame = super().read()
-            Failing.number += 1
-            return (False, None) if Failing.number == 3 else (good, frame)
+            self.number += 1
+            good, frame = self.capture.read()
+            return (False, None) if self.number == 3 else (good, frame)
 
     video = Video(path)
     monkeypatch.setattr(cv2, "VideoCapture", Failing)
     frames = list(video)
     assert [isinstance(frame, ImageError) for frame in frames] == [False, False, True, False, False]
     assert "frame 3" in str(frames[2])
+    monkeypatch.setattr(Failing, "read", lambda self: (False, None))
+    (end,) = video
+    assert "ends after 0 of 5 frames" in str(end)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(ImageError, match="no video that can be read"):
         Video(str(tmp_path / "broken.mp4"))

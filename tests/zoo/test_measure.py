@@ -110,6 +110,8 @@ def test_a_model_of_timm_that_is_made_for_one_size():
     [
         (["no_such_model"], {}, "There is no model no_such_model"),
         (["nowhere.py:model"], {}, "There is no file nowhere.py"),
+        ([], {}, "nothing to measure"),
+        (["test_van"], {"device": "mps"}, "The device is mps: measured are cpu and cuda"),
         (["test_van"], {"amp": True}, r"Autocast \(--amp\) is to bf16 or fp16"),
         (["vgg11"], {"size": 8}, "vgg11 does not run on 8 x 8 pictures"),
         (["test_van@cuda"], {}, "test_van@cuda asks for the kernels 'cuda', expected one of auto, triton, torch"),

@@ -261,8 +261,9 @@ def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random) -> 
 
 def _scaled(drawing: np.ndarray, random: Random) -> np.ndarray:
     """A drawing cut to what is visible, its longer side of a random length (small ones as often as large ones)."""
-    image = Image.fromarray(drawing).copy()
-    image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox())
+    # Pillow's name of premultiplied colours; as RGBA they would be multiplied again, and edges come out too bright.
+    image = Image.frombytes("RGBa", drawing.shape[1::-1], drawing.tobytes())
+    image = image.crop(image.getchannel("a").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox())
     low, high = map(math.log, LENGTHS)
     scale = math.exp(random.uniform(low, high)) / max(image.size)
     size = [max(4, round(edge * scale)) for edge in image.size]
