@@ -17,6 +17,7 @@ from zoo import kernels
 DISTRIBUTION = "linear-vision-zoo"
 USES = {
     "": "everything",
+    "bench": "plots",
     "dense": "boxes and masks",
     "export": "parquet files",
     "mllm": "multimodal language models",
@@ -34,7 +35,7 @@ EQUIVALENTS = {
     "opencv-python": ("opencv-python-headless",),
 }
 # Used where they are there, required by no extra of ours, or only through others.
-ALSO = {"triton": "GPU kernels", "opencv-python": USES["dense"], "transformers": USES["mllm"]}
+ALSO = {"triton": "GPU kernels", "opencv-python": USES["dense"]}
 FORK = "onedl-"
 RUNS = "runs"
 # Modules that one distribution alone may bring.
