@@ -16,7 +16,6 @@ microseconds, on a GPU only; "peak" is the memory that forward and backward allo
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from zoo.files import write_text
 from zoo.kernels import (
     bidirectional_gated_linear_attention,
     depthwise_conv2d,
@@ -389,10 +389,7 @@ def main(
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def _plot(rows: Sequence[Row], device: str, path: Path) -> None:

@@ -11,7 +11,6 @@ the batch that is asked for, and the others as many pictures as make about as ma
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import typer
 from rich.table import Table
 
 from zoo.console import output_console
+from zoo.files import write_text
 from zoo.measure import Dtype, Mode, Row, Settings, console, environment, measure
 from zoo.plots import draw_lines, new_figure
 
@@ -74,10 +74,7 @@ def save(rows: Sequence[Row], settings: Settings, path: Path) -> None:
         "settings": {key: value for key, value in asdict(settings).items() if key not in ("size", "batch")},
         "rows": [{**asdict(row), "median": row.median, "spread": row.spread} for row in rows],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def plot(rows: Sequence[Row], settings: Settings, path: Path) -> None:

@@ -5,7 +5,6 @@
 Each is short and complete but for four files of ``configs/_base_``: head and optimizer, data, schedule, runtime.
 """
 
-import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 
 import zoo.openmmlab
 from zoo.catalogue import CATALOGUE
+from zoo.files import write_text
 
 HEADS = {
     "retinanet": "RetinaNet",
@@ -209,11 +209,7 @@ def _quoted(value: Any) -> str:
 def main(folder: Annotated[Path, typer.Argument(help="The folder of the configs.")] = Path("configs")) -> None:
     """Write all configs of the table."""
     for file, recipe in RECIPES.items():
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_text(config_text(recipe), encoding="utf-8")
-        os.replace(part, path)
+        write_text(folder / file, config_text(recipe))
     print(
         f"{len(RECIPES)} configs, {len({r.model for r in RECIPES.values()} & CATALOGUE.keys())} backbones of the zoo."
     )

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler
 
 import zoo.openmmlab  # noqa: F401 (before mmdet and mmseg: makes mmcv.ops work)
 from zoo.checkpoints import save_checkpoint
+from zoo.files import write_text
 from zoo.tools.coco import clean_annotations
 from zoo.tools.sprites import seed_of
 
@@ -329,10 +330,7 @@ def export(runner: Any, metrics: dict[str, float]) -> None:
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=indent), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(content, indent=indent))
 
 
 def training_command(scope: str, description: str, arguments: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ Nothing is computed but by Mask2Former's head: the rest runs on the meta device.
 1280 x 800 with 1000 boxes and 100 masks, segmenters on one of 2048 x 512, as OpenMMLab's own counts are made.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo.openmmlab  # noqa: F401 (before mmdet and mmseg: makes mmcv.ops work)
+from zoo.files import write_text
 from zoo.tools.dense_configs import HEADS, RECIPES, Recipe, metric
 
 BEGIN, END = "<!-- configs: written by zoo.tools.dense_table -->", "<!-- end of configs -->"
@@ -101,9 +101,7 @@ def main(path: Annotated[Path, typer.Argument(help="The Markdown file.")] = Path
     _, end, after = rest.partition(f"{END}\n")
     if not (begin and end):
         raise ValueError(f"There is no place for the table: expected the lines {BEGIN} and {END}.")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(f"{before}{begin}{table}\n{end}{after}", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, f"{before}{begin}{table}\n{end}{after}")
 
 
 if __name__ == "__main__":

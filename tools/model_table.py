@@ -1,6 +1,5 @@
 """Writes the table of models into a Markdown file, from the catalogue, between two markers."""
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from zoo.catalogue import CATALOGUE, Entry
+from zoo.files import write_text
 
 BEGIN, END = "<!-- models: written by zoo.tools.model_table -->", "<!-- end of models -->"
 HEADINGS = ("Model", "Paper", "Parameters", "MACs", "Top-1", "Golden", "Weights", "Their licence")
@@ -53,10 +53,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 def main(path: Annotated[Path, typer.Argument(help="The Markdown file.")] = Path("README.md")) -> None:
     """Write the table of models into a Markdown file, between its markers."""
-    text = with_table(path.read_text(encoding="utf-8"))
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, with_table(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

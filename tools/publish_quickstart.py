@@ -1,7 +1,6 @@
 """Packages the better of the zoo's small models: its weights in float16, the names of its classes, the model card."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 
 from zoo.catalogue import CATALOGUE
 from zoo.checkpoints import create_model, save_checkpoint
+from zoo.files import write_text
 from zoo.tools.quickstart.card import model_card, weights_file
 
 MAX_BYTES = 6_000_000
@@ -57,8 +57,8 @@ def publish(runs: Sequence[Path], data: Path, out: Path) -> dict[str, Any]:
         old.unlink()
     kept = [{key: entry[key] for key in ("slug", "name", "group")} for entry in classes]
     lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in kept)
-    _write_text(out / "quickstart_classes.json", f"[\n{lines}\n]\n")
-    _write_text(out / "README.md", model_card([best, *rest], classes, pictures))
+    write_text(out / "quickstart_classes.json", f"[\n{lines}\n]\n")
+    write_text(out / "README.md", model_card([best, *rest], classes, pictures))
     return best
 
 
@@ -85,12 +85,6 @@ def _write_weights(source: Path, file: Path, run: dict[str, Any]) -> None:
     create_model(run["model"], checkpoint=state, num_classes=len(_labels(source)))  # it must fit
     metadata = {"model": run["model"], "licence": "Apache-2.0", "card": "README.md"}
     save_checkpoint(state, file, metadata=metadata, overwrite=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 app = typer.Typer(add_completion=False)

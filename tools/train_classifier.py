@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -44,6 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 import zoo
 from zoo.backbones.layers.prepbn import PRepBN, set_prep_progress
 from zoo.checkpoints import save_checkpoint
+from zoo.files import replacing, write_text
 from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -442,7 +442,7 @@ def run(config: Config) -> dict[str, Any] | None:
         if config.mode == "train":
             _export(config, data, net, result, "model.safetensors")
         result["config"] = dataclasses.asdict(config)
-        _write(Path(config.output) / "metrics.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        write_text(Path(config.output) / "metrics.json", json.dumps(result, indent=1))
         for name in data.val:
             print(
                 f"{name}: top-1 {result[name]['top1']:.2f}  top-5 {result[name]['top5']:.2f}  n {result[name]['count']}"
@@ -515,7 +515,8 @@ def _train(
             state = {"model": net.state_dict(), "model_ema": averaged.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, **facts()}
             state |= {"best": best, "config": dataclasses.asdict(config)}
-            _write(file, lambda path: torch.save(state, path))
+            with replacing(file) as part:
+                torch.save(state, part)
 
     def time_is_up() -> bool:
         if not config.max_minutes or (accelerator.num_processes > 1 and step % 10):  # asking the others costs a sync
@@ -601,13 +602,6 @@ def _export(config: Config, data: Data, net: nn.Module, result: dict[str, Any], 
         "preprocessing": json.dumps({k: data.statistics[k] for k in ("input_size", "mean", "std", "crop_pct")}),
     }
     save_checkpoint(weights, Path(config.output) / name, metadata=metadata, overwrite=True)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(part)
-    os.replace(part, path)
 
 
 def main(arguments: list[str] | None = None) -> int:

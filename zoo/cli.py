@@ -5,8 +5,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from importlib.resources import files
@@ -30,6 +29,7 @@ from zoo.classifier import Classifier, Result, check_name
 from zoo.compare import compare, draw
 from zoo.console import output_console
 from zoo.doctor import Diagnosis, diagnose
+from zoo.files import replacing
 from zoo.images import ImageError, find_images
 from zoo.measure import Dtype, Settings, split_name
 from zoo.plots import new_figure
@@ -359,18 +359,6 @@ def _check_suffix(path: Path | None, *suffixes: str) -> None:
         raise ValueError(f"--out {path} does not end in {' or '.join(suffixes)}.")
     if path and path.is_dir():
         raise ValueError(f"--out {path} is a folder.")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to in the same folder, which takes the place of `path` when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _save_npy(path: Path, names: Sequence[str], features: np.ndarray) -> None:

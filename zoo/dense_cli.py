@@ -14,11 +14,12 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from zoo.cli import Checkpoint, Device, Json, Urls, Workers, app, print_json, replacing, report_failures
+from zoo.cli import Checkpoint, Device, Json, Urls, Workers, app, print_json, report_failures
 from zoo.console import output_console
 from zoo.dense import DenseModel, DenseResult
 from zoo.detector import Detections, Detector
 from zoo.drawing import BACKGROUND, draw_detections, draw_segmentation
+from zoo.files import replacing
 from zoo.images import ImageError
 from zoo.segmenter import Segmentation, Segmenter
 

@@ -1,9 +1,10 @@
 """Plots of measurements, as PNG files."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from zoo.files import replacing
 
 Points = Sequence[tuple[float, float]]
 
@@ -68,7 +69,5 @@ def draw_lines(path: Path, panels: Mapping[str, Mapping[str, Points]], x_label: 
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    figure.savefig(scratch, format="png", dpi=150)
-    os.replace(scratch, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=150)

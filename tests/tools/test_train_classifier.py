@@ -300,16 +300,3 @@ def test_metrics_count_by_hand():
         "y": {"top1": 0.0, "top5": 100.0, "count": 1},
     }
     assert sorted(map(tuple, result["confusions"])) == [("a", "b", 1), ("c", "b", 1)]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    file = tmp_path / "metrics.json"
-    file.write_text("old")
-
-    def half(path):
-        path.write_text("ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        T._write(file, half)
-    assert file.read_text() == "old"

@@ -2,13 +2,13 @@
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageFilter
 
+from zoo.files import replacing
 from zoo.tools.quickstart.attribution import LICENCE_TEXTS
 from zoo.tools.quickstart.backgrounds import BACKGROUNDS
 from zoo.tools.quickstart.classes import key
@@ -110,7 +110,6 @@ def write_samples(root: Path, out: Path, tarballs: Path, packages: Sequence[Pack
 
 
 def _write(path: Path, data: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_bytes(data)
     return path

@@ -32,6 +32,7 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import track
 
+from zoo.files import replacing
 from zoo.tools.quickstart.attribution import attribution
 from zoo.tools.quickstart.backgrounds import BACKGROUNDS
 from zoo.tools.quickstart.packages import PACKAGES
@@ -374,7 +375,5 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_bytes(data)
