@@ -36,7 +36,9 @@ def build(config: Config):
     register_all_modules(init_default_scope=False)
     _shrink(config.model)
     with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(config.model)
+        model = MODELS.build(config.model)
+        model.init_weights()  # before, some parameters of mmdet's detectors are memory as it was found
+    return model
 
 
 # What makes heads wide and slow, and what the tests take instead; by key.
