@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.download import file_sha256, resolve
+from zoo.files import replacing
 from zoo.restricted_reader import CheckpointError, Inert, read_pickled
 
 __all__ = ["CheckpointError", "LoadReport", "convert_checkpoint", "create_model", "load_checkpoint", "save_checkpoint"]
@@ -234,16 +235,12 @@ def save_checkpoint(
     """
     destination = Path(destination)
     _check_destination(destination, overwrite)
-    part = destination.with_name(f".{destination.name}.{os.getpid()}")
     tensors = {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
-    try:
+    with replacing(destination) as part:
         part.touch()
         mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
         safetensors.torch.save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
         part.chmod(mode)
-        os.replace(part, destination)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_destination(destination: Path, overwrite: bool) -> None:

@@ -19,6 +19,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write bytes."""
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write text in UTF-8."""
     with replacing(path) as part:

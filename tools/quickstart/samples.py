@@ -8,7 +8,7 @@ from random import Random
 
 from PIL import Image, ImageFilter
 
-from zoo.files import replacing
+from zoo.files import write_bytes, write_text
 from zoo.tools.quickstart.attribution import LICENCE_TEXTS
 from zoo.tools.quickstart.backgrounds import BACKGROUNDS
 from zoo.tools.quickstart.classes import key
@@ -100,16 +100,11 @@ def write_samples(root: Path, out: Path, tarballs: Path, packages: Sequence[Pack
         compose(decode(sources[hexcodes[slug]], 2 * SIDE), background, Random(slug)).save(
             buffer, "JPEG", quality=88, optimize=True
         )
-        written.append(_write(out / f"{slug}.jpg", buffer.getvalue()))
+        written.append(out / f"{slug}.jpg")
+        write_bytes(written[-1], buffer.getvalue())
     for old in set(out.glob("*.jpg")) - set(written):
         old.unlink()
     text = ATTRIBUTION.format(**vars(package), text=LICENCE_TEXTS[package.licence])
     text += "".join(f"* `{path.name}`: OpenMoji {hexcodes[path.stem]}\n" for path in written)
-    _write(out / "ATTRIBUTION.md", text.encode())
+    write_text(out / "ATTRIBUTION.md", text)
     return written
-
-
-def _write(path: Path, data: bytes) -> Path:
-    with replacing(path) as part:
-        part.write_bytes(data)
-    return path

@@ -32,7 +32,7 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import track
 
-from zoo.files import replacing
+from zoo.files import write_bytes, write_text
 from zoo.tools.quickstart.attribution import attribution
 from zoo.tools.quickstart.backgrounds import BACKGROUNDS
 from zoo.tools.quickstart.packages import PACKAGES
@@ -115,7 +115,7 @@ def build_scenes(
             _build_split(root, out, split, scenes, seed, workers, categories)
         found = json.loads(final.read_text("utf-8"))
         done[split] = {"scenes": len(found["images"]), "objects": len(found["annotations"])}
-    _write(out / "ATTRIBUTION.md", attribution(PACKAGES).encode())
+    write_text(out / "ATTRIBUTION.md", attribution(PACKAGES))
     shutil.rmtree(out / ".building", ignore_errors=True)
     return done
 
@@ -126,7 +126,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds other files: choose an empty or a new folder.")
     if file.exists() and json.loads(file.read_text("utf-8")) != settings:
         raise ValueError(f"{out} holds scenes that were built with other settings: choose another folder.")
-    _write(file, json.dumps(settings, indent=1).encode())
+    write_text(file, json.dumps(settings, indent=1))
 
 
 def _categories(root: Path) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def _build_split(
         drawings = scratch / f"{split}.npy"
         if not drawings.exists():
             draw = _drawings(root / split, RECIPES[split], VERSIONS[split], seed)
-            _write(drawings, _npy(draw))
+            write_bytes(drawings, _npy(draw))
         jobs = [(out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed) for number in missing]
         console = Console(stderr=True)
         # Not forked: torch's threads do not survive that.
@@ -195,12 +195,12 @@ def _build_chunk(job: tuple[Path, str, int, int, int]) -> None:
         scene = compose_scene(drawings, backdrop, random)
         name = f"{number:06d}"
         quality = random.randint(75, 95)
-        _write(out / "images" / split / f"{name}.jpg", _encoded(scene.picture, "JPEG", quality=quality))
+        write_bytes(out / "images" / split / f"{name}.jpg", _encoded(scene.picture, "JPEG", quality=quality))
         classes = np.array([0, *(category + 1 for category in scene.categories)], np.uint8)
-        _write(out / "labels" / split / f"{name}.png", _encoded(classes[scene.instances], "PNG", compress_level=1))
+        write_bytes(out / "labels" / split / f"{name}.png", _encoded(classes[scene.instances], "PNG", compress_level=1))
         colours = np.stack([scene.instances, *[np.zeros_like(scene.instances)] * 2], -1)
         colours[scene.instances == 0] = (len(scene.categories) + 1, 0, 0)  # 0 would mean unlabelled
-        _write(out / "panoptic" / split / f"{name}.png", _encoded(colours, "PNG", compress_level=1))
+        write_bytes(out / "panoptic" / split / f"{name}.png", _encoded(colours, "PNG", compress_level=1))
         records.append({"number": number, **_record(scene)})
     _write_json(out / ".building" / f"{split}-{start:06d}.json", records)
 
@@ -371,9 +371,4 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with replacing(path) as part:
-        part.write_bytes(data)
+    write_text(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
