@@ -78,8 +78,10 @@ def test_one_config_of_each_head_trains_and_predicts(head, dense):
     (result,) = results
     if config.default_scope == "mmseg":
         assert result.pred_sem_seg.data.shape == (1, 40, 56) and result.seg_logits.data.shape == (150, 40, 56)
+        assert result.seg_logits.data.std() > 1e-4
     elif head in ("panoptic_fpn", "mask2former"):
         assert result.pred_panoptic_seg.sem_seg.shape[-2:] == (40, 56)
+        assert result.pred_panoptic_seg.sem_seg.max() > 0
     else:
         assert len(result.pred_instances) <= 100 and result.pred_instances.bboxes.shape[1] == 4
         assert hasattr(result.pred_instances, "masks") == (head != "retinanet")

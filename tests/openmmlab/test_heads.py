@@ -42,12 +42,14 @@ def test_detectors_of_mmdet(file, dense):
     config.model.backbone = dict(type="ZooBackbone", model_name="test_van", strides=strides)
     config.model.neck.in_channels = FOUR[1:] if strides else FOUR
     check_channels(config.model)
+    config.model.test_cfg.score_thr = 0.0  # an untrained head's scores are low
     model = dense.build(config)
     size = 224 if file.startswith("dino") else 64  # its 900 queries are chosen among as many places
     dense.step(model, dense.pictures("mmdet", (size, size), (size - 14, size)))
     (result,) = dense.predict(model, dense.pictures("mmdet", (size, size)))
     boxes = result.pred_instances.bboxes
-    assert boxes.shape[1] == 4 and torch.isfinite(boxes).all()
+    assert len(boxes) and boxes.shape[1] == 4 and torch.isfinite(boxes).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all(1).any() and result.pred_instances.scores.max() > 0
 
 
 @pytest.mark.parametrize("file", SEGMENTERS)
@@ -72,6 +74,7 @@ def test_segmenters_of_mmseg(file, dense):
     assert any(grad.abs().max() > 0 for grad in stem)
     (result,) = dense.predict(model, dense.pictures("mmseg", (40, 56), classes=classes))
     assert result.pred_sem_seg.data.shape == (1, 40, 56) and result.pred_sem_seg.data.max() < classes
+    assert result.seg_logits.data.std() > 1e-4
 
 
 def retinanet(name, dense):
