@@ -29,7 +29,7 @@ RESULTS = """## Results on the held-out style
 
 Top-1 / top-5 in percent on {count:,} pictures in the style of OpenMoji, one per class. No picture of that style was in
 the training data. `varied` backgrounds are colours, gradients, blurred noise, stripes and checks. All
-models were trained by the same recipe; one that stands at fewer steps was stopped before the end of its {steps:,}.
+models were trained by the same recipe, of {steps:,} steps.
 
 """
 
