@@ -33,13 +33,33 @@ from zoo.kernels.linear_attention.reference import angles_of_heads
 from zoo.kernels.linear_attention.settings import Settings
 
 KINDS = {"identity": 0, "relu": 1, "elu+1": 2, "exp": 3, "silu": 4}
-PROGRAMS = 512  # a few for each multiprocessor of a large GPU
 MAX_SPLITS = 256
 SHORT_TOKENS = 256  # up to here one program takes a head in any case
 SHORT_TOKENS_OF_MANY = 1024  # up to here if there are MANY_HEADS, so that the chip is full
 MANY_HEADS = 64
+# Programs of a kernel, a few for each multiprocessor of a large GPU: more where they leave no parts to put together.
+PROGRAMS = {
+    "mean": 1056,
+    "state": 528,
+    "read": 1056,
+    "read_backward": 528,
+    "keys_backward": 528,
+    "query_backward": 1056,
+}
+# Tokens of a block, and its warps, for bfloat16 and heads of at most 64 channels: the fastest on an H100.
+BLOCKS = {
+    "mean": (64, 4),
+    "state": (64, 4),
+    "read": (64, 4),
+    "read_backward": (32, 4),
+    "keys_backward": (64, 8),
+    "query_backward": (64, 8),
+    "short": (32, 8),
+}
 # Numbers that change with the resolution or the batch: no kernel is compiled again for their values.
 SIZES = ["N", "height", "width", "turn_h", "splits", "splits_m"]
+# exp2 is one instruction where exp is five.
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -47,9 +67,9 @@ def _feature(x, KIND: tl.constexpr):
     if KIND == 1:
         return tl.maximum(x, 0.0)
     elif KIND == 2:
-        return tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+        return tl.maximum(x, 0.0) + tl.exp2(tl.minimum(x * LOG2E, 0.0))
     elif KIND == 3:
-        return tl.exp(x)
+        return tl.exp2(x * LOG2E)
     elif KIND == 4:
         return x * tl.sigmoid(x)
     else:
@@ -62,9 +82,9 @@ def _slope(x, KIND: tl.constexpr):
     if KIND == 1:
         return tl.where(x > 0, 1.0, 0.0)
     elif KIND == 2:
-        return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        return tl.exp2(tl.minimum(x * LOG2E, 0.0))
     elif KIND == 3:
-        return tl.exp(x)
+        return tl.exp2(x * LOG2E)
     elif KIND == 4:
         s = tl.sigmoid(x)
         return s * (1 + x * (1 - s))
@@ -94,8 +114,12 @@ def _put_tokens(x, y, n, step, N, W: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def _inside(n, N, W: tl.constexpr, BW: tl.constexpr):
-    return (n < N)[:, None] & (tl.arange(0, BW) < W)[None, :]
+def _map(x, KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """The feature map of tokens; 0 in channels from D on, but of tokens outside what the map makes of 0."""
+    x = _feature(x, KIND)
+    if D < BD:
+        x = tl.where((tl.arange(0, BD) < D)[None, :], x, 0.0)
+    return x
 
 
 @triton.jit
@@ -184,12 +208,12 @@ def _sum_queries(
     q, q_n, N, start, stop, scale, KIND: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):
     """sum_n f(q_n)."""
-    total = tl.zeros((BD,), tl.float32)
+    total = tl.zeros((BN, BD), tl.float32)
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
-        x = _feature(_tokens(q, n, q_n, N, D, BD).to(tl.float32), KIND)
-        total += tl.sum(tl.where(_inside(n, N, D, BD), x, 0.0), 0)
-    return total * scale
+        x = _map(_tokens(q, n, q_n, N, D, BD).to(tl.float32), KIND, D, BD)
+        total += tl.where((n < N)[:, None], x, 0.0)
+    return tl.sum(total, 0) * scale
 
 
 @triton.jit
@@ -200,13 +224,12 @@ def _scan_division(
 ):  # fmt: skip
     """S (D, E) and the mean key (D), both times sum_n exp(score_n - top); top; that sum."""
     top, total = -float("inf"), 0.0
-    keys = tl.zeros((BD,), tl.float32)
+    keys = tl.zeros((BN, BD), tl.float32)
     state = tl.zeros((BD, BE), tl.float32)
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
-        x = _tokens(k, n, k_n, N, D, BD).to(tl.float32)
+        x = _map(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND, D, BD)
         values = _tokens(v, n, v_n, N, E, BE)
-        x = tl.where(_inside(n, N, D, BD), _feature(x, KIND), 0.0)
         if WEIGHTS:
             scores = tl.where(n < N, tl.sum(x * query[None, :], 1), -float("inf"))
             higher = tl.maximum(top, tl.max(scores, 0))
@@ -217,14 +240,16 @@ def _scan_division(
             keys = keys * shrink
             state = state * shrink
             top = higher
-        keys += tl.sum(x, 0)
+        else:
+            x = tl.where((n < N)[:, None], x, 0.0)
+        keys += x
         if ROTATE:
             cos, sin = _angles(table, n, height, width, D, BD, BN)
             x = _turn(x, cos, sin, BN, BD)
         state += _dot(tl.trans(x), values, DOT)
     if not WEIGHTS:
         top, total = 0.0, (stop - start).to(tl.float32)
-    return state, keys, top, total
+    return state, tl.sum(keys, 0), top, total
 
 
 @triton.jit
@@ -238,19 +263,20 @@ def _scan_subtraction(
     """
     n = start + tl.arange(0, BN)
     guessed = tl.minimum(stop - start, BN).to(tl.float32)
-    x = _feature(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND)
-    guess_k = tl.sum(tl.where(_inside(n, N, D, BD), x, 0.0), 0) / guessed
+    x = _map(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND, D, BD)
+    guess_k = tl.sum(tl.where((n < N)[:, None], x, 0.0), 0) / guessed
     guess_v = tl.sum(_tokens(v, n, v_n, N, E, BE).to(tl.float32), 0) / guessed
-    keys, values = tl.zeros((BD,), tl.float32), tl.zeros((BE,), tl.float32)
+    keys, values = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BE), tl.float32)
     state = tl.zeros((BD, BE), tl.float32)
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
-        x = _feature(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND) - guess_k[None, :]
-        x = tl.where(_inside(n, N, D, BD), x, 0.0)
+        x = _map(_tokens(k, n, k_n, N, D, BD).to(tl.float32), KIND, D, BD) - guess_k[None, :]
+        x = tl.where((n < N)[:, None], x, 0.0)
         y = tl.where((n < N)[:, None], _tokens(v, n, v_n, N, E, BE).to(tl.float32) - guess_v[None, :], 0.0)
-        keys += tl.sum(x, 0)
-        values += tl.sum(y, 0)
+        keys += x
+        values += y
         state += _dot(tl.trans(x), y, DOT)
+    keys, values = tl.sum(keys, 0), tl.sum(values, 0)
     count = (stop - start).to(tl.float32)
     state -= keys[:, None] * (values / count)[None, :]
     return state, keys / count + guess_k, values / count + guess_v
@@ -266,7 +292,7 @@ def _scan_keys(
     The sums times cosines and times sines stay apart until the two channels of a pair are normalised.
     """
     top = tl.zeros((BD,), tl.float32) - 1e38
-    total = tl.zeros((BD,), tl.float32)
+    total = tl.zeros((BN, BD), tl.float32)
     state = tl.zeros((BD, BE), tl.float32)
     sine = tl.zeros((BD, BE), tl.float32) if ROTATE else 0.0
     for first in range(start, stop, BN):
@@ -275,8 +301,8 @@ def _scan_keys(
         values = _tokens(v, n, v_n, N, E, BE)
         higher = tl.maximum(top, tl.max(x, 0))
         shrink = tl.exp(top - higher)
-        x = tl.exp(x - higher[None, :])
-        total = total * shrink + tl.sum(x, 0)
+        x = tl.exp2(x * LOG2E - (higher * LOG2E)[None, :])
+        total = total * shrink[None, :] + x
         top = higher
         if ROTATE:
             cos, sin = _angles(table, n, height, width, D, BD, BN)
@@ -285,24 +311,23 @@ def _scan_keys(
             sine = sine * shrink[:, None] + _dot(tl.trans(across), values, DOT)
             x = tl.reshape(tl.join(a * cos, b * cos), (BN, BD))
         state = state * shrink[:, None] + _dot(tl.trans(x), values, DOT)
-    return state, sine, top, total
+    return state, sine, top, tl.sum(total, 0)
 
 
 @triton.jit
 def _read_tokens(
     q, local, gate, out, table, state, key, value, q_n, l_n, g_n, out_n,
-    N, start, stop, height, width, scale, eps,
+    N, start, stop, height, width, eps,
     KIND: tl.constexpr, KEYS: tl.constexpr, SUBTRACT: tl.constexpr, ROTATE: tl.constexpr,
     LOCAL: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out = (o + local) * gate."""
+    """out = (o + local) * gate; state and key come times the scale of the queries."""
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
-        x = _feature(_tokens(q, n, q_n, N, D, BD).to(tl.float32), KIND) * scale
-        x = tl.where(_inside(n, N, D, BD), x, 0.0)
+        x = _map(_tokens(q, n, q_n, N, D, BD).to(tl.float32), KIND, D, BD)
         if not KEYS and not SUBTRACT:
-            normaliser = tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
+            share = 1 / tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
         if ROTATE:
             cos, sin = _angles(table, n, height, width, D, BD, BN)
             x = _turn(x, cos, sin, BN, BD)
@@ -310,7 +335,7 @@ def _read_tokens(
         if SUBTRACT:
             y += value[None, :]
         elif not KEYS:
-            y = y / normaliser[:, None]
+            y = y * share[:, None]
         if LOCAL:
             y += _tokens(local, n, l_n, N, E, BE).to(tl.float32)
         if GATE:
@@ -331,18 +356,18 @@ def _read_tokens_backward(
 ):  # fmt: skip
     """Gradients of the gate, of the local term and, with QUERY, of the queries.
 
-    Returns that of S and those of the mean key (division) and of the mean value (subtraction).
+    Returns that of S and those of the mean key (division) and of the mean value (subtraction). State and key come
+    times the scale of the queries.
     """
     d_state = tl.zeros((BD, BE), tl.float32)
-    d_key, d_value = tl.zeros((BD,), tl.float32), tl.zeros((BE,), tl.float32)
+    d_key, d_value = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BE), tl.float32)
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
-        inside = _inside(n, N, D, BD)
         raw = _tokens(q, n, q_n, N, D, BD).to(tl.float32)
         dy = _tokens(grad, n, y_n, N, E, BE).to(tl.float32)
-        x = tl.where(inside, _feature(raw, KIND) * scale, 0.0)
+        x = _map(raw, KIND, D, BD)
         if not KEYS and not SUBTRACT:
-            normaliser = tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
+            share = 1 / tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
         turned = x
         if ROTATE:
             cos, sin = _angles(table, n, height, width, D, BD, BN)
@@ -352,7 +377,7 @@ def _read_tokens_backward(
             if SUBTRACT:
                 y += value[None, :]
             elif not KEYS:
-                y = y / normaliser[:, None]
+                y = y * share[:, None]
         if GATE:
             full = y
             if LOCAL:
@@ -362,23 +387,23 @@ def _read_tokens_backward(
         if LOCAL:
             _put_tokens(d_local, dy, n, heads * E, N, E, BE)
         if SUBTRACT:
-            d_value += tl.sum(dy, 0)
+            d_value += dy
         elif not KEYS:
-            dy = dy / normaliser[:, None]
+            dy = dy * share[:, None]
         d_state += _dot(tl.trans(turned), dy, DOT)
         if QUERY:
             dx = _dot(dy, tl.trans(state), DOT)
         if not KEYS and not SUBTRACT:
             # The product of dx with the turned queries is that of dy and R(f(q)) S.
-            d_normaliser = -tl.sum(dx * turned, 1) / normaliser if QUERY else -tl.sum(dy * y, 1)
-            d_key += tl.sum(x * d_normaliser[:, None], 0)
+            d_normaliser = -tl.sum(dx * turned, 1) * share if QUERY else -tl.sum(dy * y, 1)
+            d_key += x * d_normaliser[:, None]
         if QUERY:
             if ROTATE:
                 dx = _turn(dx, cos, -sin, BN, BD)
             if not KEYS and not SUBTRACT:
                 dx += d_normaliser[:, None] * key[None, :]
-            _put_tokens(d_q, dx * scale * _slope(raw, KIND), n, heads * D, N, D, BD)
-    return d_state, d_key, d_value
+            _put_tokens(d_q, dx * _slope(raw, KIND), n, heads * D, N, D, BD)
+    return d_state * scale, tl.sum(d_key, 0) * scale, tl.sum(d_value, 0)
 
 
 @triton.jit
@@ -392,20 +417,19 @@ def _key_tokens_backward(
 
     ``average`` is what a softmax takes off its gradients: sum_n p_n dp_n, or in every channel sum_n khat_n dkhat_n.
     """
-    d_query = tl.zeros((BD,), tl.float32)
+    d_query = tl.zeros((BN, BD), tl.float32)
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
-        inside = _inside(n, N, D, BD)
         raw = _tokens(k, n, k_n, N, D, BD).to(tl.float32)
         values = _tokens(v, n, v_n, N, E, BE)
         if SUBTRACT:
             values = values.to(tl.float32) - value[None, :]
         dx = _dot(values, tl.trans(d_state), DOT)
         if KEYS:
-            x = tl.where(inside, tl.exp(raw - key[None, :]), 0.0)
+            x = tl.exp2(raw * LOG2E - (key * LOG2E)[None, :])
             weighted = x
         else:
-            x = tl.where(inside, _feature(raw, KIND), 0.0)
+            x = _map(raw, KIND, D, BD)
             if WEIGHTS:
                 p = tl.exp(tl.sum(x * query[None, :], 1) * root - top) / total
             else:
@@ -427,42 +451,42 @@ def _key_tokens_backward(
         elif WEIGHTS:
             d_score = tl.where(n < N, p * (tl.sum(dx * x, 1) - average), 0.0) * root
             dx = dx * p[:, None] + d_score[:, None] * query[None, :]
-            d_query += tl.sum(x * d_score[:, None], 0)
+            d_query += x * d_score[:, None]
         else:
             dx = dx * p[:, None]
         if not KEYS:
             dx *= _slope(raw, KIND)
         _put_tokens(d_k, dx, n, heads * D, N, D, BD)
         _put_tokens(d_v, dv, n, heads * E, N, E, BE)
-    return d_query
+    return tl.sum(d_query, 0)
 
 
 @triton.jit
 def _query_tokens_backward(
-    grad, q, gate, d_q, table, state, key, d_query, y_n, q_n, g_n, heads, N, start, stop, height, width, scale, eps,
+    grad, q, gate, d_q, table, state, key, d_query, y_n, q_n, g_n, heads, N, start, stop, height, width, eps,
     KIND: tl.constexpr, ROTATE: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries, with that of their mean; division only."""
+    """The gradient of the queries, with that of their mean; division only. All but grad come times the scale."""
     for first in range(start, stop, BN):
         n = first + tl.arange(0, BN)
         raw = _tokens(q, n, q_n, N, D, BD).to(tl.float32)
         dy = _tokens(grad, n, y_n, N, E, BE).to(tl.float32)
         if GATE:
             dy *= _tokens(gate, n, g_n, N, E, BE).to(tl.float32)
-        x = tl.where(_inside(n, N, D, BD), _feature(raw, KIND) * scale, 0.0)
-        normaliser = tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
-        dy = dy / normaliser[:, None]
+        x = _map(raw, KIND, D, BD)
+        share = 1 / tl.where(n < N, tl.sum(x * key[None, :], 1) + eps, 1.0)
+        dy = dy * share[:, None]
         if ROTATE:
             cos, sin = _angles(table, n, height, width, D, BD, BN)
             x = _turn(x, cos, sin, BN, BD)
         # The product of dx with the turned queries is that of dy and R(f(q)) S.
         dx = _dot(dy, tl.trans(state), DOT)
-        d_normaliser = -tl.sum(dx * x, 1) / normaliser
+        d_normaliser = -tl.sum(dx * x, 1) * share
         if ROTATE:
             dx = _turn(dx, cos, -sin, BN, BD)
         dx += d_normaliser[:, None] * key[None, :] + d_query[None, :]
-        _put_tokens(d_q, dx * scale * _slope(raw, KIND), n, heads * D, N, D, BD)
+        _put_tokens(d_q, dx * _slope(raw, KIND), n, heads * D, N, D, BD)
 
 
 @triton.jit
@@ -625,8 +649,8 @@ def _read(
     _read_tokens(
         _head(q, head, heads, q_b, q_h), _head(local, head, heads, l_b, l_h), _head(gate, head, heads, g_b, g_h),
         _head(out, head, heads, N * heads * E, E), _table_of(table, head, heads, turn_h, D),
-        _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD), value, q_n, l_n, g_n, heads * E,
-        N, start, stop, height, width, scale, eps, KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, DOT, D, E, BD, BE, BN,
+        _matrix(saved, D, E, BD, BE) * scale, _vector(saved + D * E, D, BD) * scale, value, q_n, l_n, g_n, heads * E,
+        N, start, stop, height, width, eps, KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, DOT, D, E, BD, BE, BN,
     )  # fmt: skip
 
 
@@ -649,7 +673,8 @@ def _read_backward(
         _head(grad, head, heads, y_b, y_h), _head(q, head, heads, q_b, q_h), _head(local, head, heads, l_b, l_h),
         _head(gate, head, heads, g_b, g_h), _head(d_q, head, heads, N * heads * D, D),
         _head(d_local, head, heads, N * heads * E, E), _head(d_gate, head, heads, N * heads * E, E),
-        _table_of(table, head, heads, turn_h, D), _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD), value,
+        _table_of(table, head, heads, turn_h, D), _matrix(saved, D, E, BD, BE) * scale,
+        _vector(saved + D * E, D, BD) * scale, value,
         y_n, q_n, l_n, g_n, heads, N, start, stop, height, width, scale, eps,
         KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, QUERY, DOT, D, E, BD, BE, BN,
     )  # fmt: skip
@@ -750,8 +775,8 @@ def _query_backward(
     _query_tokens_backward(
         _head(grad, head, heads, y_b, y_h), _head(q, head, heads, q_b, q_h), _head(gate, head, heads, g_b, g_h),
         _head(d_q, head, heads, N * heads * D, D), _table_of(table, head, heads, turn_h, D),
-        _matrix(saved, D, E, BD, BE), _vector(saved + D * E, D, BD), d_query, y_n, q_n, g_n, heads,
-        N, start, stop, height, width, scale, eps, KIND, ROTATE, GATE, DOT, D, E, BD, BE, BN,
+        _matrix(saved, D, E, BD, BE) * scale, _vector(saved + D * E, D, BD) * scale, d_query * scale, y_n, q_n, g_n,
+        heads, N, start, stop, height, width, eps, KIND, ROTATE, GATE, DOT, D, E, BD, BE, BN,
     )  # fmt: skip
 
 
@@ -805,8 +830,8 @@ def _short(
     tl.store(saved + D * E + d, key, mask=d < D)
     _read_tokens(
         q, _head(local, head, heads, l_b, l_h), _head(gate, head, heads, g_b, g_h),
-        _head(out, head, heads, N * heads * E, E), table, state, key, value, q_n, l_n, g_n, heads * E,
-        N, 0, N, height, width, scale, eps, KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, DOT, D, E, BD, BE, BN,
+        _head(out, head, heads, N * heads * E, E), table, state * scale, key * scale, value, q_n, l_n, g_n, heads * E,
+        N, 0, N, height, width, eps, KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, DOT, D, E, BD, BE, BN,
     )  # fmt: skip
 
 
@@ -834,7 +859,7 @@ def _short_backward(
     value = _vector(extra, E, BE) if SUBTRACT else 0.0
     d_state, d_key, d_value = _read_tokens_backward(
         grad, q, _head(local, head, heads, l_b, l_h), gate, d_q, _head(d_local, head, heads, N * heads * E, E),
-        _head(d_gate, head, heads, N * heads * E, E), table, state, key, value, y_n, q_n, l_n, g_n, heads,
+        _head(d_gate, head, heads, N * heads * E, E), table, state * scale, key * scale, value, y_n, q_n, l_n, g_n, heads,
         N, 0, N, height, width, scale, eps,
         KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, not WEIGHTS, DOT, D, E, BD, BE, BN,
     )  # fmt: skip
@@ -851,8 +876,8 @@ def _short_backward(
     )  # fmt: skip
     if WEIGHTS:
         _query_tokens_backward(
-            grad, q, gate, d_q, table, state, key, d_query / N, y_n, q_n, g_n, heads,
-            N, 0, N, height, width, scale, eps, KIND, ROTATE, GATE, DOT, D, E, BD, BE, BN,
+            grad, q, gate, d_q, table, state * scale, key * scale, d_query * (scale / N), y_n, q_n, g_n, heads,
+            N, 0, N, height, width, eps, KIND, ROTATE, GATE, DOT, D, E, BD, BE, BN,
         )  # fmt: skip
 
 
@@ -874,13 +899,21 @@ def _table(settings: Settings, heads: int, dim: int, device: torch.device) -> Te
     return torch.stack([both.cos(), both.sin()], dim=-1).contiguous()
 
 
-def _block(BD: int, BE: int, dtype: torch.dtype, short: bool) -> tuple[int, int]:
+def _block(kernel: str, BD: int, BE: int, dtype: torch.dtype) -> tuple[int, int]:
     """Tokens of a block, and its warps: as many tokens as no register spills for.
 
     Products of float16 numbers are taken of float32 ones, and those of float32 numbers not on tensor cores.
     """
-    numbers = {torch.bfloat16: 4096, torch.float16: 2048}.get(dtype, 1024) // (2 if short else 1)
+    if dtype == torch.bfloat16 and max(BD, BE) <= 64:
+        return BLOCKS[kernel]
+    numbers = {torch.bfloat16: 4096, torch.float16: 2048}.get(dtype, 1024) // (2 if kernel == "short" else 1)
     return min(64, max(16, numbers // max(BD, BE))), 8
+
+
+def _chunk(N: int, heads: int, BN: int, programs: int) -> int:
+    """Tokens of a program, whole blocks of them."""
+    blocks = triton.cdiv(N, BN)
+    return triton.cdiv(blocks, min(blocks, max(1, programs // heads), MAX_SPLITS)) * BN
 
 
 class _Plan:
@@ -902,39 +935,46 @@ class _Plan:
         longest = SHORT_TOKENS_OF_MANY if count >= MANY_HEADS else SHORT_TOKENS
         self.short = longest >= N and max(BD, BE) <= 64  # registers spill with more
         self.queries_at_once = not settings.token_weights
-        BN, warps = _block(BD, BE, dtype, self.short)
-        blocks = triton.cdiv(N, BN)
-        chunk = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // count), MAX_SPLITS)) * BN
-        self.splits = triton.cdiv(N, chunk)
+        block = {kernel: _block(kernel, BD, BE, dtype) for kernel in BLOCKS}
+        chunk = {kernel: _chunk(N, count, block[kernel][0], PROGRAMS[kernel]) for kernel in PROGRAMS}
+        splits = {kernel: triton.cdiv(N, tokens) for kernel, tokens in chunk.items()}
+        self.tokens = {kernel: (N, heads, chunk[kernel]) for kernel in PROGRAMS}
+        self.grids, self.splits = {kernel: (count, splits[kernel]) for kernel in PROGRAMS}, splits
         rows = 2 if BE > 64 else 4
-        self.heads, self.grid, self.tiles = (count,), (count, self.splits), (count, BD // rows)
+        self.heads, self.tiles = (count,), (count, BD // rows)
         keys, rotate = settings.normalisation == "keys", settings.height > 0
         self.table = _table(settings, heads, D, device) if rotate else None
         turn = self.table.stride(0) if settings.rotary_across_heads and rotate else 0
-        self.tokens, self.map = (N, heads, chunk), (settings.height, settings.width, turn)
+        self.map = (settings.height, settings.width, turn)
         self.root = D**-0.5
         part_size = BD * BE + max(2 * BD, BD + BE) + (BD * BE if keys and rotate else 0)
         self.saved = (batch, heads, settings.saved_size(D, E))
-        self.parts, self.combined = (count, self.splits, part_size), (count, part_size)
-        self.mean_parts = (count, self.splits, BD)
+        self.parts = {kernel: (count, splits[kernel], part_size) for kernel in ("state", "read_backward")}
+        self.mean_parts = {kernel: (count, splits[kernel], BD) for kernel in ("mean", "keys_backward")}
+        self.combined = (count, part_size)
 
         # Triton's interpreter, on the CPU, has no bfloat16 products.
         dot = {torch.bfloat16: 0, torch.float16: 1}.get(dtype, 2) if device.type == "cuda" else 2
         sizes = {"D": D, "E": E, "BD": BD, "BE": BE}
         form = {"KEYS": keys, "SUBTRACT": settings.normalisation == "subtraction", "ROTATE": rotate}
-        tokens = {"KIND": KINDS[settings.feature_map], "DOT": dot, "BN": BN, "num_warps": warps, **sizes}
+        tokens = {
+            kernel: {"KIND": KINDS[settings.feature_map], "DOT": dot, "BN": BN, "num_warps": warps, **sizes}
+            for kernel, (BN, warps) in block.items()
+        }
         weights, terms = {"WEIGHTS": settings.token_weights}, {"LOCAL": local, "GATE": gate}
         saved, part = {"SAVED": self.saved[2]}, {"PART": part_size}
         rows_of_states = {"ROWS": rows, "num_warps": 4}
-        self.of_mean = {key: tokens[key] for key in ("KIND", "D", "BD", "BN", "num_warps")}
-        self.of_state = {**tokens, **form, **weights, **part}
+        self.of_mean = {key: tokens["mean"][key] for key in ("KIND", "D", "BD", "BN", "num_warps")}
+        self.of_state = {**tokens["state"], **form, **weights, **part}
         self.of_combine = {**sizes, **form, **weights, **saved, **part, **rows_of_states}
-        self.of_read = {**tokens, **form, **terms, **saved}
-        self.of_short = {**self.of_read, **weights}
-        self.of_read_backward = {**self.of_read, **part, "QUERY": self.queries_at_once}
+        self.of_read = {**tokens["read"], **form, **terms, **saved}
+        self.of_short = {**tokens["short"], **form, **terms, **saved, **weights}
+        self.of_read_backward = {**tokens["read_backward"], **form, **terms, **saved, **part}
+        self.of_read_backward["QUERY"] = self.queries_at_once
         self.of_combine_backward = {**sizes, **form, **saved, **part, **rows_of_states}
-        self.of_keys_backward = {**tokens, **form, **weights, **saved, **part, "TILES": BD // rows}
-        self.of_query_backward = {**tokens, **weights, **saved, "ROTATE": rotate, "GATE": gate and not local}
+        self.of_keys_backward = {**tokens["keys_backward"], **form, **weights, **saved, **part, "TILES": BD // rows}
+        self.of_query_backward = {**tokens["query_backward"], **weights, **saved, "ROTATE": rotate}
+        self.of_query_backward["GATE"] = gate and not local
 
 
 _plan = functools.lru_cache(maxsize=256)(_Plan)
@@ -966,26 +1006,27 @@ def forward(
     table = q if plan.table is None else plan.table
     out, saved = q.new_empty(v.shape), _numbers(plan.saved, q.device)
     terms = (q if local is None else local, q if gate is None else gate)
-    N, heads, chunk = plan.tokens
+    tokens, grids, splits = plan.tokens, plan.grids, plan.splits
     factors = (settings.scale, settings.eps)
     if plan.short:
         _short[plan.heads](
             q, k, v, *terms, out, table, saved, *_strides(q, k, v, *terms),
-            N, heads, *plan.map, plan.root, *factors, **plan.of_short,
+            *tokens["read"][:2], *plan.map, plan.root, *factors, **plan.of_short,
         )  # fmt: skip
         return out, saved
     mean_part = q
     if settings.token_weights:
-        mean_part = _numbers(plan.mean_parts, q.device)
-        _mean[plan.grid](q, mean_part, *_strides(q), *plan.tokens, settings.scale, **plan.of_mean)
-    part = _numbers(plan.parts, q.device)
-    _state[plan.grid](
-        k, v, mean_part, table, part, *_strides(k, v), *plan.tokens, plan.splits, *plan.map, plan.root,
+        mean_part = _numbers(plan.mean_parts["mean"], q.device)
+        _mean[grids["mean"]](q, mean_part, *_strides(q), *tokens["mean"], settings.scale, **plan.of_mean)
+    part = _numbers(plan.parts["state"], q.device)
+    _state[grids["state"]](
+        k, v, mean_part, table, part, *_strides(k, v), *tokens["state"], splits["mean"], *plan.map, plan.root,
         **plan.of_state,
     )  # fmt: skip
-    _combine[plan.tiles](part, mean_part, saved, plan.splits, plan.splits, chunk, N, **plan.of_combine)
-    _read[plan.grid](
-        q, *terms, out, table, saved, *_strides(q, *terms), *plan.tokens, *plan.map, *factors, **plan.of_read
+    N, _, chunk = tokens["state"]
+    _combine[plan.tiles](part, mean_part, saved, splits["state"], splits["mean"], chunk, N, **plan.of_combine)
+    _read[grids["read"]](
+        q, *terms, out, table, saved, *_strides(q, *terms), *tokens["read"], *plan.map, *factors, **plan.of_read
     )
     return out, saved
 
@@ -1010,31 +1051,32 @@ def backward(
         for x in (q, k, v, local, gate)
     )
     terms = (q if local is None else local, q if gate is None else gate)
-    N, heads, chunk = plan.tokens
+    tokens, grids, splits = plan.tokens, plan.grids, plan.splits
     factors = (settings.scale, settings.eps)
     if plan.short:
         _short_backward[plan.heads](
             grad, q, k, v, *terms, *grads, table, saved, *_strides(grad, q, k, v, *terms),
-            N, heads, *plan.map, plan.root, *factors, **plan.of_short,
+            *tokens["read"][:2], *plan.map, plan.root, *factors, **plan.of_short,
         )  # fmt: skip
         return grads
-    part = _numbers(plan.parts, q.device)
-    _read_backward[plan.grid](
+    part = _numbers(plan.parts["read_backward"], q.device)
+    _read_backward[grids["read_backward"]](
         grad, q, *terms, d_q, d_local, d_gate, table, saved, part, *_strides(grad, q, *terms),
-        *plan.tokens, *plan.map, *factors, **plan.of_read_backward,
+        *tokens["read_backward"], *plan.map, *factors, **plan.of_read_backward,
     )  # fmt: skip
     combined = _numbers(plan.combined, q.device)
-    _combine_backward[plan.tiles](part, saved, combined, plan.splits, **plan.of_combine_backward)
-    mean_part = _numbers(plan.mean_parts, q.device) if settings.token_weights else q
-    _keys_backward[plan.grid](
-        k, v, d_k, d_v, table, saved, combined, mean_part, *_strides(k, v), *plan.tokens, *plan.map, plan.root,
+    _combine_backward[plan.tiles](part, saved, combined, splits["read_backward"], **plan.of_combine_backward)
+    mean_part = _numbers(plan.mean_parts["keys_backward"], q.device) if settings.token_weights else q
+    _keys_backward[grids["keys_backward"]](
+        k, v, d_k, d_v, table, saved, combined, mean_part, *_strides(k, v), *tokens["keys_backward"], *plan.map,
+        plan.root,
         **plan.of_keys_backward,
     )  # fmt: skip
     if not plan.queries_at_once:
         # The gradient of a local term is that of o.
         d_out, times = (grad, terms[1]) if local is None else (d_local, q)
-        _query_backward[plan.grid](
+        _query_backward[grids["query_backward"]](
             d_out, q, times, d_q, table, saved, mean_part, *_strides(d_out, q, times),
-            N, heads, chunk, plan.splits, *plan.map, *factors, **plan.of_query_backward,
+            *tokens["query_backward"], splits["keys_backward"], *plan.map, *factors, **plan.of_query_backward,
         )  # fmt: skip
     return grads
