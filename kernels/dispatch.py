@@ -66,7 +66,7 @@ def triton_backend(module: str, function: str, fallback: Callable) -> Callable:
 
 
 def triton_asked_for() -> bool:
-    """Whether the user wants Triton; for kernels that are right in its interpreter but have not run on a GPU yet."""
+    """Whether the user wants Triton and nothing else."""
     return os.environ.get("ZOO_KERNELS") == "triton"
 
 

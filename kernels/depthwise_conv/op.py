@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoo.kernels.depthwise_conv import torch_backend
 from zoo.kernels.depthwise_conv.reference import ACTIVATIONS
-from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
+from zoo.kernels.dispatch import select_backend, triton_backend
 from zoo.kernels.library import check_float, check_shape, register_gradient, register_op
 
 NAME = "depthwise_conv2d"
@@ -104,7 +104,7 @@ def compute_backward(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) ->
 
 def _backend(x: Tensor, function: str) -> Callable:
     backends = {"torch": getattr(torch_backend, function)}
-    if triton_asked_for() and x.dtype != torch.float64:
+    if x.dtype != torch.float64:
         backends["triton"] = triton_backend("zoo.kernels.depthwise_conv.triton", function, backends["torch"])
     return select_backend(NAME, backends, x.device)
 

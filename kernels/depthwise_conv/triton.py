@@ -28,17 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1056  # at least as many, if the rows allow: 8 for each of the 132 multiprocessors of a large GPU
-PARTS = 1056  # programs of the weight gradient; each writes its sums
-# Of 16-bit maps at stride 1: columns of a lane, numbers of the lanes side by side, warps, rows; the fastest on an H100.
-TUNED = {
-    ("conv", 3): (4, 128, 1, 64),
-    ("conv", 5): (4, 64, 1, 32),
-    ("conv", 7): (4, 64, 1, 64),
-    ("epilogue", 3): (2, 128, 2, 64),
-    ("weight", 3): (4, 128, 2, 32),
-    ("weight", 5): (4, 64, 1, 32),
-    ("weight", 7): (3, 64, 1, 32),
-}
+PARTS = 528  # programs of the weight gradient; each writes its sums
 REGISTER_SIZE = 7  # the taps of a larger kernel do not fit into registers
 
 _SIZES = ("b_x", "h_x", "w_x", "b_gate", "h_gate", "w_gate", "b_grad", "h_grad", "w_grad", "H", "W", "out_h", "out_w",
@@ -363,10 +353,6 @@ def _shape(kernel: str, size: int, stride: int, x: Tensor) -> dict[str, int]:
     With these numbers no kernel spills registers on Hopper.
     """
     block = 64 if x.shape[-1] % 64 == 0 else 32
-    if stride == 1 and (kernel, size) in TUNED and x.element_size() == 2 and x.shape[-1] % 16 == 0:
-        span, lanes, warps, rows = TUNED[kernel, size]
-        tuned = {"rows": rows, "SPAN": span, "COLUMNS": lanes // block, "CHANNELS": block, "num_warps": warps}
-        return {**tuned, "TAPS": size} if kernel == "weight" else tuned
     shape = {"COLUMNS": 128 // block, "CHANNELS": block, "num_warps": 2}
     if kernel == "large":
         return {"ROWS": 2, "SPAN": 4 if x.dtype == torch.float32 else 8, **shape}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
+from zoo.kernels.dispatch import select_backend, triton_backend
 from zoo.kernels.gated_linear_attention import torch_backend
 from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_gradient, register_op
 
@@ -147,7 +147,7 @@ def compute_both_backward(
 
 def _backends(q: Tensor, function: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, function)}
-    if triton_asked_for() and q.dtype != torch.float64:
+    if q.dtype != torch.float64:
         backends["triton"] = triton_backend("zoo.kernels.gated_linear_attention.triton", function, backends["torch"])
     return backends
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
+from zoo.kernels.dispatch import select_backend, triton_backend
 from zoo.kernels.large_kernel_attention import torch_backend
 from zoo.kernels.library import check_float, check_shape, register_gradient, register_op
 
@@ -84,7 +84,7 @@ def compute_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 def _backend(x: Tensor, function: str) -> Callable:
     backends = {"torch": getattr(torch_backend, function)}
-    if triton_asked_for() and x.dtype != torch.float64:
+    if x.dtype != torch.float64:
         backends["triton"] = triton_backend("zoo.kernels.large_kernel_attention.triton", function, backends["torch"])
     return select_backend(NAME, backends, x.device)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend, triton_asked_for, triton_backend
+from zoo.kernels.dispatch import select_backend, triton_backend
 from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_gradient, register_op
 from zoo.kernels.linear_attention import torch_backend
 from zoo.kernels.linear_attention.reference import FEATURE_MAPS, NORMALISATIONS
@@ -131,7 +131,7 @@ def _backends(q: Tensor, v: Tensor, settings: Settings, direction: str) -> dict[
     known = settings.normalisation == "division" or not settings.token_weights
     wide = settings.normalisation == "division" or q.dtype != torch.float32
     fits = max(q.shape[-1], v.shape[-1]) <= (TRITON_MAX_HEAD_DIM if wide else TRITON_MAX_HEAD_DIM_FLOAT32)
-    if triton_asked_for() and known and fits and q.dtype != torch.float64:
+    if known and fits and q.dtype != torch.float64:
         backends["triton"] = triton_backend("zoo.kernels.linear_attention.triton", direction, backends["torch"])
     return backends
 

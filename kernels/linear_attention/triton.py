@@ -859,8 +859,8 @@ def _short_backward(
     value = _vector(extra, E, BE) if SUBTRACT else 0.0
     d_state, d_key, d_value = _read_tokens_backward(
         grad, q, _head(local, head, heads, l_b, l_h), gate, d_q, _head(d_local, head, heads, N * heads * E, E),
-        _head(d_gate, head, heads, N * heads * E, E), table, state * scale, key * scale, value, y_n, q_n, l_n, g_n, heads,
-        N, 0, N, height, width, scale, eps,
+        _head(d_gate, head, heads, N * heads * E, E), table, state * scale, key * scale, value,
+        y_n, q_n, l_n, g_n, heads, N, 0, N, height, width, scale, eps,
         KIND, KEYS, SUBTRACT, ROTATE, LOCAL, GATE, not WEIGHTS, DOT, D, E, BD, BE, BN,
     )  # fmt: skip
     query = _vector(extra, D, BD) if WEIGHTS else 0.0
