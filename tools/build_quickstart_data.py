@@ -17,6 +17,7 @@ from zoo.tools.quickstart.attribution import attribution
 from zoo.tools.quickstart.classes import MIN_STYLES, EmojiClass, choose, key, plain
 from zoo.tools.quickstart.packages import PACKAGES, Package, obtain, read_icons, read_members
 from zoo.tools.quickstart.pictures import close_pairs, decode, encode, normalise, thumbprint
+from zoo.tools.quickstart.questions import build_questions
 from zoo.tools.quickstart.samples import write_samples
 from zoo.tools.quickstart.scenes import build_scenes
 
@@ -179,16 +180,21 @@ def samples_command(
         raise typer.Exit(1) from None
 
 
+Built = Annotated[Path, typer.Option("--root", help="Folder of the quickstart data, which has been built before.")]
+Train = Annotated[int, typer.Option(min=0, help="Scenes of the training styles.")]
+Test = Annotated[int, typer.Option(min=0, help="Scenes of the held-out style.")]
+Seed = Annotated[int, typer.Option(help="Of all randomness.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")]
+
+
 @app.command("scenes")
 def scenes_command(
     out: Annotated[Path, typer.Argument(help="Folder of the scenes.")],
-    root: Annotated[Path, typer.Option(help="Folder of the quickstart data, which has been built before.")] = Path(
-        "data/quickstart"
-    ),
-    train: Annotated[int, typer.Option(min=0, help="Scenes of the training styles.")] = 6000,
-    test: Annotated[int, typer.Option(min=0, help="Scenes of the held-out style.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of all randomness.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per core.")] = None,
+    root: Built = Path("data/quickstart"),
+    train: Train = 6000,
+    test: Test = 1000,
+    seed: Seed = 0,
+    workers: Workers = None,
 ) -> None:
     """Compose scenes with boxes, masks, semantic and panoptic maps; a build that was stopped goes on."""
     try:
@@ -198,6 +204,27 @@ def scenes_command(
         raise typer.Exit(1) from None
     for split, counts in done.items():
         print(f"{split}: {counts['scenes']} scenes, {counts['objects']} objects in {out}")
+
+
+@app.command("questions")
+def questions_command(
+    out: Annotated[Path, typer.Argument(help="Folder of the scenes and questions.")],
+    root: Built = Path("data/quickstart"),
+    train: Train = 20000,
+    test: Test = 1000,
+    seed: Seed = 0,
+    workers: Workers = None,
+) -> None:
+    """Compose scenes with questions and answers in LLaVA's format; a build that was stopped goes on."""
+    try:
+        report = build_questions(root, out, train=train, test=test, seed=seed, workers=workers)
+    except (OSError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    for split in ("train", "test"):
+        print(f"{split}: {report[split]['scenes']} scenes, {report[split]['questions']} questions in {out}")
+    for kind, found in report["blind"].items():
+        print(f"{kind}: {found['answers']} answers, right without looking: {found['blind']:.1f} %")
 
 
 if __name__ == "__main__":

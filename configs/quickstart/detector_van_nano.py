@@ -14,12 +14,12 @@ model = dict(
         pad_size_divisor=32,
     ),
     backbone=dict(type="ZooBackbone", model_name="van_nano", pretrained=True, drop_path_rate=0.05),
-    neck=dict(type="FPN", in_channels=[32, 64, 128, 192], out_channels=channels, num_outs=5, norm_cfg=dict(type="BN")),
+    neck=dict(type="FPN", in_channels=[32, 64, 128, 192], out_channels=channels, num_outs=4, norm_cfg=dict(type="BN")),
     rpn_head=dict(
         type="RPNHead",
         in_channels=channels,
         feat_channels=channels,
-        anchor_generator=dict(type="AnchorGenerator", scales=[5], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
+        anchor_generator=dict(type="AnchorGenerator", scales=[5, 9], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32]),
         bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[1.0] * 4),
         loss_cls=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=1.0),
         loss_bbox=dict(type="L1Loss", loss_weight=1.0),
@@ -88,7 +88,7 @@ train_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="RandomFlip", prob=0.5),
     dict(type="RandomResize", scale=(384, 384), ratio_range=(0.8, 1.5), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(384, 384), recompute_bbox=True, allow_negative_crop=True),
+    dict(type="RandomCrop", crop_size=(448, 448), recompute_bbox=True, allow_negative_crop=True),
     dict(type="FilterAnnotations", min_gt_bbox_wh=(4, 4), keep_empty=False),
     dict(type="PhotoMetricDistortion"),
     dict(type="PackDetInputs"),
@@ -101,7 +101,7 @@ test_pipeline = [
 ]
 dataset = dict(type="CocoDataset", data_root=_base_.scenes, metainfo=dict(classes=_base_.classes))
 train_dataloader = dict(
-    batch_size=32,
+    batch_size=16,
     num_workers=12,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=True),

@@ -50,17 +50,16 @@ val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=6e-4, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys={"backbone": dict(lr_mult=0.5)}),
+    optimizer=dict(type="AdamW", lr=8e-4, weight_decay=0.05, fused=True),
+    constructor="LayerDecayConstructor",
+    paramwise_cfg=dict(layer_decay=0.9, norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, end=200),
     dict(type="CosineAnnealingLR", eta_min_ratio=0.01, by_epoch=True, convert_to_iter_based=True),
 ]
-custom_hooks = [
-    dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=0.002, gamma=10, update_buffers=True, priority=49)
-]
+custom_hooks = [dict(type="EMAHook", momentum=0.02, interval=5, update_buffers=True, priority=49)]
 default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2), logger=dict(type="LoggerHook", interval=50)
 )

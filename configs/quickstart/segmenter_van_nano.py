@@ -1,5 +1,6 @@
 # A small Semantic FPN on van_nano: the category of every pixel of the scenes.
 _base_ = "scenes.py"
+custom_imports = dict(imports=["zoo.openmmlab", "zoo.tools.category_iou"])
 default_scope = "mmseg"
 
 channels = 96
@@ -27,6 +28,7 @@ model = dict(
         num_classes=41,
         norm_cfg=dict(type="BN"),
         align_corners=False,
+        init_cfg=dict(type="Normal", std=0.05, override=dict(name="conv_seg")),
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True, loss_weight=1.0),
     ),
     test_cfg=dict(mode="whole"),
@@ -75,5 +77,5 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+val_evaluator = dict(type="CategoryIoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator

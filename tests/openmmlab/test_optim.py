@@ -29,6 +29,7 @@ def groups(model, **paramwise_cfg):
         for parameter in group["params"]
     ]
     assert len(found) == len(dict(found))  # each once
+    assert len(wrapper.optimizer.param_groups) == len({settings for _, settings in found})  # not one per parameter
     return dict(found)
 
 

@@ -1,7 +1,6 @@
 import json
 import shutil
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
@@ -122,12 +121,11 @@ def test_the_masks_lie_on_the_drawings(built):
     assert np.mean(hits) > 0.9  # grain, blur and JPEG take some
 
 
-def test_edges_are_as_bright_as_the_drawing(monkeypatch):
-    monkeypatch.setattr(scenes, "LENGTHS", (40, 40))
+def test_edges_are_as_bright_as_the_drawing():
     rows, columns = np.mgrid[:96, :96] - 48
     drawing = np.zeros((96, 96, 4), np.uint8)
     drawing[rows**2 + columns**2 < 40**2] = (200, 100, 50, 255)
-    small = scenes._scaled(drawing, Random(0)).astype(int)
+    small = scenes.scaled(drawing, 40).astype(int)
     edge = (small[..., 3] > 20) & (small[..., 3] < 235)
     assert edge.sum() > 10 and np.allclose(small[edge][:, 0], small[edge][:, 3] * 200 / 255, atol=10)
 

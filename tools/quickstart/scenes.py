@@ -101,13 +101,9 @@ def build_scenes(
         FileNotFoundError: ``root`` was not built.
         ValueError: ``out`` holds scenes of other settings, or other files.
     """
-    if not (root / "classes.json").is_file():
-        raise FileNotFoundError(
-            f"{root} holds no classes.json: build it with `python -m zoo.tools.build_quickstart_data build {root}`."
-        )
-    sizes = {"train": train, "test": test}
-    _claim(out, {"categories": list(CATEGORIES), "sizes": sizes, "seed": seed})
     categories = _categories(root)
+    sizes = {"train": train, "test": test}
+    claim(out / "scenes.json", {"categories": list(CATEGORIES), "sizes": sizes, "seed": seed})
     done = {}
     for split, scenes in sizes.items():
         final = out / "annotations" / f"instances_{split}.json"
@@ -120,22 +116,32 @@ def build_scenes(
     return done
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    file = out / "scenes.json"
+def claim(file: Path, settings: dict[str, Any]) -> None:
+    """Write down with what settings a folder is built; refuse one that holds anything else."""
+    out = file.parent
     if not file.exists() and out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds other files: choose an empty or a new folder.")
     if file.exists() and json.loads(file.read_text("utf-8")) != settings:
-        raise ValueError(f"{out} holds scenes that were built with other settings: choose another folder.")
+        raise ValueError(f"{out} was built with other settings: choose another folder.")
     write_text(file, json.dumps(settings, indent=1))
 
 
-def _categories(root: Path) -> list[dict[str, Any]]:
+def entries(root: Path, slugs: Sequence[str]) -> list[dict[str, str]]:
+    """What ``classes.json`` says about some classes: slug, name and group."""
+    if not (root / "classes.json").is_file():
+        raise FileNotFoundError(
+            f"{root} holds no classes.json: build it with `python -m zoo.tools.build_quickstart_data build {root}`."
+        )
     known = {entry["slug"]: entry for entry in json.loads((root / "classes.json").read_text("utf-8"))}
-    if lacking := [slug for slug in CATEGORIES if slug not in known]:
-        raise ValueError(f"{', '.join(lacking)} in CATEGORIES is no class of {root}: build it again.")
+    if lacking := [slug for slug in slugs if slug not in known]:
+        raise ValueError(f"{', '.join(lacking)}: no class of {root}, build it again.")
+    return [known[slug] for slug in slugs]
+
+
+def _categories(root: Path) -> list[dict[str, Any]]:
     return [
-        {"id": number, "name": known[slug]["name"], "supercategory": known[slug]["group"]}
-        for number, slug in enumerate(CATEGORIES, 1)
+        {"id": number, "name": entry["name"], "supercategory": entry["group"]}
+        for number, entry in enumerate(entries(root, CATEGORIES), 1)
     ]
 
 
@@ -156,8 +162,8 @@ def _build_split(
     if missing := [number for number, part in enumerate(parts) if not part.exists()]:
         drawings = scratch / f"{split}.npy"
         if not drawings.exists():
-            draw = _drawings(root / split, RECIPES[split], VERSIONS[split], seed)
-            write_bytes(drawings, _npy(draw))
+            draw = draw_versions(root / split, CATEGORIES, RECIPES[split], VERSIONS[split], DRAWN, seed)
+            write_bytes(drawings, npy(draw))
         jobs = [(out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed) for number in missing]
         console = Console(stderr=True)
         # Not forked: torch's threads do not survive that.
@@ -168,16 +174,18 @@ def _build_split(
             for _ in done:
                 pass
     records = [record for part in parts for record in json.loads(part.read_text("utf-8"))]
-    _write_json(out / "annotations" / f"panoptic_{split}.json", _panoptic(records, categories))
-    _write_json(out / "annotations" / f"instances_{split}.json", _instances(records, categories))
+    write_json(out / "annotations" / f"panoptic_{split}.json", _panoptic(records, categories))
+    write_json(out / "annotations" / f"instances_{split}.json", _instances(records, categories))
 
 
-def _drawings(folder: Path, recipe: Recipe, versions: int, seed: int) -> np.ndarray:
-    """Drawings (categories, versions, side, side, 4) uint8, colour premultiplied by alpha."""
-    composer = Composer(load_sprites(folder, classes=CATEGORIES), DRAWN, seed, recipe)
-    found = np.zeros((len(CATEGORIES), versions, DRAWN, DRAWN, 4), np.uint8)
+def draw_versions(
+    folder: Path, slugs: Sequence[str], recipe: Recipe, versions: int, side: int, seed: int
+) -> np.ndarray:
+    """Drawings (slugs, versions, side, side, 4) uint8, colour premultiplied by alpha; the slugs are sorted."""
+    composer = Composer(load_sprites(folder, classes=slugs), side, seed, recipe)
+    found = np.zeros((len(slugs), versions, side, side, 4), np.uint8)
     for version in range(versions):
-        pixels, labels = composer.drawings(version, len(CATEGORIES))
+        pixels, labels = composer.drawings(version, len(slugs))
         found[labels.numpy(), version] = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     return found
 
@@ -188,28 +196,28 @@ def _build_chunk(job: tuple[Path, str, int, int, int]) -> None:
     torch.set_num_threads(1)
     drawings = np.load(out / ".building" / f"{split}.npy", mmap_mode="r")
     key = seed_of(seed, SPLITS.index(split), start)
-    painted = _painted(key, stop - start)
+    backdrops = painted(key, stop - start, SIDES[1])
     records = []
-    for number, backdrop in zip(range(start, stop), painted):
+    for number, backdrop in zip(range(start, stop), backdrops):
         random = Random(seed_of(seed, SPLITS.index(split), number, 1))
         scene = compose_scene(drawings, backdrop, random)
         name = f"{number:06d}"
         quality = random.randint(75, 95)
-        write_bytes(out / "images" / split / f"{name}.jpg", _encoded(scene.picture, "JPEG", quality=quality))
+        write_bytes(out / "images" / split / f"{name}.jpg", encoded(scene.picture, "JPEG", quality=quality))
         classes = np.array([0, *(category + 1 for category in scene.categories)], np.uint8)
-        write_bytes(out / "labels" / split / f"{name}.png", _encoded(classes[scene.instances], "PNG", compress_level=1))
+        write_bytes(out / "labels" / split / f"{name}.png", encoded(classes[scene.instances], "PNG", compress_level=1))
         colours = np.stack([scene.instances, *[np.zeros_like(scene.instances)] * 2], -1)
         colours[scene.instances == 0] = (len(scene.categories) + 1, 0, 0)  # 0 would mean unlabelled
-        write_bytes(out / "panoptic" / split / f"{name}.png", _encoded(colours, "PNG", compress_level=1))
+        write_bytes(out / "panoptic" / split / f"{name}.png", encoded(colours, "PNG", compress_level=1))
         records.append({"number": number, **_record(scene)})
-    _write_json(out / ".building" / f"{split}-{start:06d}.json", records)
+    write_json(out / ".building" / f"{split}-{start:06d}.json", records)
 
 
-def _painted(seed: int, scenes: int) -> Iterator[np.ndarray]:
+def painted(seed: int, scenes: int, side: int) -> Iterator[np.ndarray]:
     """Colours and patterns (side, side, 3) uint8, a few at a time for the memory's sake."""
     for first in count(0, 10):
         draws = Draws(seed_of(seed, first), min(10, scenes - first), torch.device("cpu"), torch.float32)
-        found = paint_background(draws, SIDES[1], Recipe(white=0.15, plain=0.15))
+        found = paint_background(draws, side, Recipe(white=0.15, plain=0.15))
         yield from (found * 255).byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -235,7 +243,7 @@ def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random) -> 
     shadow = random.uniform(0.15, 0.5) if random.random() < 0.3 else 0.0
     for _ in range(0 if random.random() < EMPTY else random.randint(1, MOST)):
         category = random.randrange(len(drawings))
-        drawing = _scaled(drawings[category, random.randrange(drawings.shape[1])], random)
+        drawing = scaled(drawings[category, random.randrange(drawings.shape[1])], _length(random))
         opaque = drawing[..., 3] >= OPAQUE
         area = int(opaque.sum())
         for _ in range(10):
@@ -250,25 +258,34 @@ def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random) -> 
         else:
             continue
         if shadow:
-            _cast_shadow(picture, drawing[..., 3], top, left, shadow)
-        colour, alpha = drawing[part][..., :3], drawing[part][..., 3:].astype(np.uint16)
-        picture[there] = np.minimum(255, colour + picture[there] * (255 - alpha) // 255).astype(np.uint8)
+            cast_shadow(picture, drawing[..., 3], top, left, shadow)
+        picture[there] = over(drawing[part], picture[there])
         visible = [have - int(gone) for have, gone in zip(visible, covered)] + [int(inside.sum())]
         whole.append(area)
         categories.append(category)
         instances[there][inside] = len(categories)
-    return Scene(_soften(picture, random), instances, categories)
+    return Scene(soften(picture, random), instances, categories)
 
 
-def _scaled(drawing: np.ndarray, random: Random) -> np.ndarray:
-    """A drawing cut to what is visible, its longer side of a random length (small ones as often as large ones)."""
+def _length(random: Random) -> float:
+    """Small drawings as often as large ones."""
+    low, high = map(math.log, LENGTHS)
+    return math.exp(random.uniform(low, high))
+
+
+def scaled(drawing: np.ndarray, length: float) -> np.ndarray:
+    """A drawing (H, W, 4) cut to what is visible, its longer side of that many pixels."""
     # Pillow's name of premultiplied colours; as RGBA they would be multiplied again, and edges come out too bright.
     image = Image.frombytes("RGBa", drawing.shape[1::-1], drawing.tobytes())
     image = image.crop(image.getchannel("a").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox())
-    low, high = map(math.log, LENGTHS)
-    scale = math.exp(random.uniform(low, high)) / max(image.size)
-    size = [max(4, round(edge * scale)) for edge in image.size]
+    size = [max(4, round(edge * length / max(image.size))) for edge in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0))
+
+
+def over(drawing: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """A drawing (H, W, 4), colour premultiplied by alpha, on a picture (H, W, 3)."""
+    colour, alpha = drawing[..., :3], drawing[..., 3:].astype(np.uint16)
+    return np.minimum(255, colour + picture * (255 - alpha) // 255).astype(np.uint8)
 
 
 def _overlap(
@@ -283,14 +300,15 @@ def _overlap(
     return tuple(there), tuple(part)
 
 
-def _cast_shadow(picture: np.ndarray, alpha: np.ndarray, top: int, left: int, strength: float) -> None:
+def cast_shadow(picture: np.ndarray, alpha: np.ndarray, top: int, left: int, strength: float) -> None:
+    """Darken a picture, in place, a little below and to the left of something that is ``alpha`` (H, W) opaque."""
     reach = max(2, max(alpha.shape) // 16)
     soft = np.asarray(Image.fromarray(np.pad(alpha, 2 * reach)).filter(ImageFilter.BoxBlur(reach)))
     there, part = _overlap(top - reach // 2, left - reach, soft.shape, picture.shape[:2])
     picture[there] = (picture[there] * (1 - strength / 255 * soft[part][..., None])).astype(np.uint8)
 
 
-def _soften(picture: np.ndarray, random: Random) -> np.ndarray:
+def soften(picture: np.ndarray, random: Random) -> np.ndarray:
     """Some pictures out of focus, some with grain."""
     kind = random.random()
     if kind < 0.15:
@@ -358,17 +376,20 @@ def _panoptic(records: Sequence[dict[str, Any]], categories: list[dict[str, Any]
     return {"images": images, "annotations": annotations, "categories": [*things, stuff]}
 
 
-def _encoded(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+def encoded(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    """The file that Pillow makes of pixels."""
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def _npy(array: np.ndarray) -> bytes:
+def npy(array: np.ndarray) -> bytes:
+    """The file that NumPy makes of an array."""
     buffer = BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON without spaces."""
     write_text(path, json.dumps(content, ensure_ascii=False, separators=(",", ":")))

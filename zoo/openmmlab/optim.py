@@ -44,6 +44,8 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         """Appends the groups of parameters of a module and of what it is made of."""
         if not hasattr(module, "group_matcher"):
             super().add_params(params, module, *args, **kwargs)
+            if not args and not kwargs:  # the whole detector or segmenter
+                params[:] = self._merged(params)
             return
         groups = param_groups_layer_decay(
             module,
@@ -54,3 +56,12 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         for group in groups:
             group["lr"] = self.base_lr * group.pop("lr_scale")
         params += groups
+
+    def _merged(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One group for all parameters of the same settings: an optimizer has kernels to launch for every group."""
+        found: dict[str, dict[str, Any]] = {}
+        usual = {"lr": self.base_lr} | ({} if self.base_wd is None else {"weight_decay": self.base_wd})
+        for group in groups:
+            settings = {**usual, **group, "params": []}
+            found.setdefault(repr(sorted(settings.items())), settings)["params"] += group["params"]
+        return list(found.values())
