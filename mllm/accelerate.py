@@ -1,7 +1,7 @@
 """Make a Hugging Face multimodal model cheaper or better grounded, without a fork: hooks that can be taken off."""
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -9,41 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from zoo.mllm import masks
-from zoo.mllm.attention import PROBES, Probe, register
+from zoo.mllm.attention import Probe, Watch, register, watch
+from zoo.mllm.base import Method, Scene, Step, cache_in
 from zoo.mllm.families import check_family, image_tokens
-from zoo.mllm.kept import Kept, hide, layout_of, take_mask
+from zoo.mllm.kept import Kept, hide, layout_of, mask_of, take_mask
 from zoo.mllm.layout import TokenLayout
 from zoo.mllm.mod import MoD
-from zoo.mllm.reduce import Reduction, parse_reduction
+from zoo.mllm.plots import draw_kept
+from zoo.mllm.prefill import Cut, Prefill, Stopwatch
+from zoo.mllm.reduce import parse_reductions
 
-CACHES = ("cache", "past_key_values")  # transformers 5.24 renamed the argument
 GATE = "zoo_gate"  # argument of a layer that it hands on to its attention
 PREFILL = "zoo_prefill"  # argument of the layers; and attribute of a cache, so that copies of it can be decoded with
-
-
-@dataclass
-class Prefill:
-    """What was decided in one prefill; the cache that it filled is decoded with it.
-
-    Attributes:
-        layout: of the prompt.
-        before: what is kept before the decoder; None for all.
-        kept: of what is before the decoder, what each layer is given; missing for all.
-        length: tokens before the decoder.
-        routed: for each layer that routes, the router's logits (B, M, 2) and what it processes of what it is given,
-            (B, M) bool.
-        cached: of what is before the decoder, what each layer has put into its cache; missing for all.
-        steps: of what each layer is handed, what it keeps, None for all. Decided once: a checkpointed layer is computed
-            again for its gradients.
-    """
-
-    layout: TokenLayout
-    before: Kept | None = None
-    kept: dict[int, Kept] = field(default_factory=dict)
-    length: int = 0
-    routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    cached: dict[int, Kept] = field(default_factory=dict)
-    steps: dict[int, Kept | None] = field(default_factory=dict)
 
 
 class Acceleration:
@@ -54,32 +31,38 @@ class Acceleration:
     """
 
     def __init__(
-        self, model: nn.Module, reductions: Sequence[Reduction], depth: MoD | None, mask: str, prompt_end: Sequence[int]
+        self, model: nn.Module, methods: Sequence[Method], depth: MoD | None, mask: str, prompt_end: Sequence[int]
     ) -> None:
         self.model, self.depth, self.mask, self.prompt_end = model, depth, mask, prompt_end
-        self.reductions = [reduction for reduction in reductions if reduction.keep < 1]
         self.last: Prefill | None = None
         self._decoder = model.get_decoder()
         self._tokens = image_tokens(model.config)
         self._inputs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self._stopwatch: Stopwatch | None = None
         self._current: Prefill | None = None
         self._decoding: Prefill | None = None
+        self._length = 0  # of the sequence so far, while it is decoded
         self._attention = self._decoder.config._attn_implementation
+        self._probes: dict[tuple[int, Step], tuple[Probe, Watch]] = {}
         self._gates: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}  # hidden states of layers that skip tokens, while they run
         self._inner: dict[int, Kept] = {}
+        # Of a method, what its own hooks leave for it.
+        self._methods: list[tuple[Method, dict[Any, Any]]] = [(method, {}) for method in methods]
+        steps = [
+            (step, number) for number, method in enumerate(methods) for step in method.steps(len(self._decoder.layers))
+        ]
+        # What works on the tower comes first, and then all in the order in which they were given.
+        self._steps: list[tuple[Step, int]] = sorted(steps, key=lambda one: (one[0].layer, not one[0].needs_tower))
         self._check()
         self._routing = routing = depth.attach(self._decoder) if depth else set()
-        for reduction in self.reductions:
-            if reduction.needs_attention and reduction.layer - 1 in routing:
-                raise ValueError(
-                    f"{type(reduction).__name__} at layer {reduction.layer} needs the attention of layer "
-                    f"{reduction.layer - 1}, in which MoD skips tokens: take another layer."
-                )
+        self._check_together()
         register()
         self._decoder.set_attn_implementation(f"zoo_{self._attention}")
+        self._towers = self._watch_tower() if any(method.needs_tower for method in methods) else {}
         self._handles = [
             model.base_model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
+            model.base_model.register_forward_hook(self._see_end),
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
             *(
@@ -94,34 +77,72 @@ class Acceleration:
                 layer.mlp.register_forward_hook(self._gate(number)),
                 layer.register_forward_hook(self._merge(number)),
             ]
+        try:
+            for method, memory in self._methods:
+                self._handles += method.attach(model, memory)
+        except ValueError:  # the model is not for this method
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Take everything off: the outputs are those of the plain model again, bit by bit. May be called twice.
 
         A cache that was filled before is of no use to the plain model.
         """
+        self._forget_probes()  # of a pass that an error ended
         for handle in self._handles:
             handle.remove()
         if self._handles:
             self._decoder.set_attn_implementation(self._attention)
+            for tower, attention in self._towers.items():
+                tower.set_attn_implementation(attention)
         self._handles = []
 
     def report(self) -> dict[str, Any]:
-        """Visual tokens that each layer processed in the last prefill, summed over the batch, and what came in.
+        """What the last prefill, and the decoding after it, kept and took.
+
+        Returns:
+            ``visual_tokens``, those that came in, and ``visual_tokens_per_layer``, those that each layer processed,
+            summed over the batch; ``kv_bytes``, of the cache after the prefill (None without one);
+            ``prefill_seconds``, and for each later pass ``decode_seconds``, of the whole model but its head;
+            ``peak_bytes`` on a GPU, what PyTorch has taken of it at most; and what the methods add.
 
         Raises:
             RuntimeError: the model has not run yet.
         """
         if self.last is None:
             raise RuntimeError("There is nothing to report: run the model first.")
-        is_image = self.last.layout.is_image
-        before = self.last.before
-        entering = is_image if before is None else before.take(is_image) & before.valid
-        seen = []
-        for layer in range(len(self._decoder.layers)):
-            kept = self.last.cached.get(layer)
-            seen.append(int((entering if kept is None else kept.take(entering) & kept.valid).sum()))
-        return {"visual_tokens": int(is_image.sum()), "visual_tokens_per_layer": seen}
+        last = self.last
+        report = {
+            "visual_tokens": int(last.layout.is_image.sum()),
+            "visual_tokens_per_layer": [
+                int(last.layout_in(number).is_image.sum()) for number in range(len(self._decoder.layers))
+            ],
+            "kv_bytes": last.kv_bytes,
+            "prefill_seconds": last.prefill.seconds,
+            "decode_seconds": [one.seconds for one in last.decoding],
+            **last.extras,
+        }
+        device = last.layout.valid.device
+        return {**report, "peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else report
+
+    def plot(self, path: str | os.PathLike, pictures: Sequence[Any] = (), row: int = 0) -> None:
+        """Draw as a PNG how many visual tokens each layer processed in the last prefill, and where they are.
+
+        Args:
+            path: of the file.
+            pictures: the images of one row, as a processor takes them; each is shown with the tokens that are left in
+                some layers. Empty for the numbers alone.
+            row: of the batch.
+
+        Raises:
+            RuntimeError: the model has not run yet.
+            ImportError: matplotlib is not installed.
+            ValueError: the row has another number of images.
+        """
+        if self.last is None:
+            raise RuntimeError("There is nothing to plot: run the model first.")
+        draw_kept(path, self.last.places(row, len(self._decoder.layers)), self.last.layout.image[row], pictures)
 
     def loss(self) -> Tensor:
         """MoD's auxiliary loss of the last prefill, to be added to the model's."""
@@ -137,11 +158,9 @@ class Acceleration:
 
     def _check(self) -> None:
         layers = len(self._decoder.layers)
-        for reduction in self.reductions:
-            if reduction.layer >= layers:
-                raise ValueError(
-                    f"{type(reduction).__name__}: layer is {reduction.layer}, but the decoder has {layers} layers."
-                )
+        for step, _ in self._steps:
+            if step.layer >= layers:
+                raise ValueError(f"{_name(step)}: layer is {step.layer}, but the decoder has {layers} layers.")
         if not self._tokens:
             raise ValueError("The model's config names no image token: set image_token_id in it.")
         if self._attention.startswith("zoo_"):
@@ -156,13 +175,58 @@ class Acceleration:
         if self.mask.startswith("mma") and not self.prompt_end:
             raise ValueError(f"The mask {self.mask} needs prompt_end: the ids of the assistant marker.")
 
+    def _check_together(self) -> None:
+        methods = [method for method, _ in self._methods]
+        towers = [_name(method) for method in methods if method.needs_tower]
+        if len(towers) > 1:
+            raise ValueError(f"{towers[0]} and {towers[1]} both work on the vision tower: take one of them.")
+        for method in methods:
+            if self.mask != "causal" and method.needs_causal:
+                raise ValueError(f"{_name(method)} and mask={self.mask!r} both say what is seen: take one of them.")
+        if self._routing and (changing := self._overriding("before_layer")):
+            raise ValueError(f"{_name(changing[0][0])} and MoD both change what a layer computes: take one of them.")
+        for step, _ in self._steps:
+            if not step.needs_attention:
+                continue
+            needs = f"{_name(step)} at layer {step.layer} needs the attention of layer {step.layer - 1}, in which"
+            if step.layer - 1 in self._routing:
+                raise ValueError(f"{needs} MoD skips tokens: take another layer.")
+            for other in methods:
+                if not other.plain_attention(step.layer - 1):
+                    raise ValueError(f"{needs} {_name(other)} changes it: take another layer.")
+
+    def _overriding(self, hook: str) -> list[tuple[Method, dict[Any, Any]]]:
+        """The methods that have a hook of their own, with their memory."""
+        return [one for one in self._methods if getattr(type(one[0]), hook) is not getattr(Method, hook)]
+
+    def _watch_tower(self) -> dict[nn.Module, str]:
+        """Let the vision tower run with an attention that can be watched; the towers, and what they ran with."""
+        decoder = set(self._decoder.modules())
+        towers = {
+            module: module.config._attn_implementation
+            for module in self.model.base_model.children()
+            if module not in decoder and hasattr(module, "set_attn_implementation")
+        }
+        for tower, attention in towers.items():
+            if attention not in ("sdpa", "eager"):
+                raise ValueError(
+                    f"The vision tower uses the attention {attention!r}, which shows no scores: load the model with "
+                    "attn_implementation='sdpa'."
+                )
+            tower.set_attn_implementation(f"zoo_{attention}")
+        return towers
+
     def _see_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         self._inputs = (ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        self._stopwatch = Stopwatch(next(self._decoder.parameters()).device)
+
+    def _see_end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._stopwatch.stop()
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         kwargs = dict(kwargs)
-        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        cache = cache_in(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         self._current = self._decoding = None
         self._forget_probes()  # of a pass that an error ended
@@ -175,6 +239,8 @@ class Acceleration:
             self._decoding = getattr(cache, PREFILL, None)
             self._check_continued(kwargs["inputs_embeds"])
             if self._decoding:
+                self._length = past + kwargs["inputs_embeds"].shape[1]
+                self._decoding.decoding.append(self._stopwatch)
                 self._before_decoding(kwargs, past)
         else:
             self._before_prefill(kwargs)
@@ -187,42 +253,79 @@ class Acceleration:
             raise ValueError(
                 "An accelerated model needs input_ids to know where its images are, but got inputs_embeds alone."
             )
+        self._check_training()
         layout = TokenLayout.from_ids(ids, self._tokens, padding, self.prompt_end)
         prefill = self._current = self.last = kwargs[PREFILL] = Prefill(layout, length=ids.shape[1])
+        prefill.prefill = self._stopwatch
         mask = None if self.mask == "causal" else masks.RULES[self.mask](layout)[:, None]
-        kept = self._decide(0, prefill, embeds)
+        kept, kwargs["inputs_embeds"] = self._cut(0, prefill, embeds, None)
         if kept is not None:
             prefill.before, prefill.length = kept, kept.index.shape[1]
             positions = kwargs.get("position_ids")
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
             kwargs["position_ids"] = kept.take(positions, dim=positions.ndim - 1)
-            kwargs["inputs_embeds"] = kept.take(embeds)
             kwargs["attention_mask"] = kept.valid.long()
             mask = None if mask is None else take_mask(mask, kept)
         if mask is not None:
             kwargs["attention_mask"] = self._as_decoder_takes(mask, embeds.dtype)
 
+        for number, (method, _) in enumerate(self._methods):
+            if method.needs_attention:
+                prefill.asked[number] = method.queries(prefill.entering, kwargs["inputs_embeds"])
+
+    def _check_training(self) -> None:
+        if not (self._decoder.training and torch.is_grad_enabled()):
+            return
+        for method, _ in self._methods:
+            if method.inference_only:
+                raise ValueError(f"{_name(method)} is for inference only: train without it, or call model.eval().")
+            if method.ranks_by_prompt and not self.prompt_end:
+                raise ValueError(
+                    f"{_name(method)} ranks by the last token of the prompt, which in training is not the last of the "
+                    "row: give prompt_end, the ids of the assistant marker."
+                )
+
+    def _cut(
+        self, number: int, prefill: Prefill, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Kept | None, Tensor]:
+        """What the steps before a layer keep of what it is handed, None for all, and what they make of it."""
+        if number not in prefill.cuts:
+            prefill.cuts[number] = self._decide(number, prefill, hidden, rotary)
+        kept = None
+        for cut in prefill.cuts[number]:
+            hidden = cut.of(hidden)
+            kept = cut.kept if kept is None else kept.then(cut.kept)
+        return kept, hidden
+
     @torch.no_grad()
-    def _decide(self, number: int, prefill: Prefill, hidden: Tensor) -> Kept | None:
-        """What the reductions at a layer keep of what it is handed; None for all. At layer 0: before the decoder."""
-        here = [reduction for reduction in self.reductions if reduction.layer == number]
-        if not here:
-            return None
-        layout = _layout_at(prefill, number - 1)
-        probe = PROBES.get(self._decoder.layers[number - 1].self_attn) if number else None
-        attention, step = probe and probe.seen, None
-        for reduction in here if layout.is_image.any() else ():
-            inner = Kept.of(reduction.select(layout, hidden, attention) & layout.valid)
-            layout, hidden = layout_of(layout, inner), inner.take(hidden)
-            attention = None if attention is None else inner.take(attention)
-            step = inner if step is None else step.then(inner)
-        return step
+    def _decide(self, number: int, prefill: Prefill, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Cut]:
+        here = [one for one in self._steps if one[0].layer == number]
+        layout = prefill.layout_at(number - 1)
+        if not here or not layout.is_image.any():
+            return []
+        entered = prefill.entering.is_image.sum(1)
+        layer, cuts, kept = self._decoder.layers[number] if number else None, [], None
+        for step, method in here:
+            probe = self._probes.get((method, step))
+            attention = None if probe is None else probe[0].seen
+            if kept is not None and attention is not None:
+                attention = kept.take(attention.mT).mT
+            memory = self._methods[method][1]
+            choice = step.select(Scene(layout, hidden, attention, entered, layer, rotary, memory))
+            if choice is None:
+                continue
+            cut = Cut(Kept.of(choice.keep & layout.valid), choice.mix)
+            cuts.append(cut)
+            layout, hidden = layout_of(layout, cut.kept), cut.of(hidden)
+            rotary = None if rotary is None else tuple(cut.kept.take(x) for x in rotary)
+            kept = cut.kept if kept is None else kept.then(cut.kept)
+        return cuts
 
     @property
     def _changes(self) -> bool:
         """Whether anything differs from the plain model."""
-        return bool(self.reductions or self.depth or self.mask != "causal")
+        return bool(self._methods or self.depth or self.mask != "causal")
 
     def _check_continued(self, embeds: Tensor) -> None:
         """Refuse what would be computed as if nothing was accelerated: parts of a prompt behind a filled cache."""
@@ -263,26 +366,41 @@ class Acceleration:
             prefill = kwargs.pop(PREFILL, None)
             if prefill:
                 args, kwargs = self._prefill_layer(number, prefill, args, kwargs)
-            elif self._decoding and number in self._decoding.cached:
-                kwargs = self._decode_layer(self._decoding.cached[number], args[0], kwargs)
-            return self._route(number, prefill, module, args, kwargs) if number in self._routing else (args, kwargs)
+            elif self._decoding:
+                kwargs = self._decode_layer(number, self._decoding, args[0], kwargs)
+            if number in self._routing:
+                return self._route(number, prefill, module, args, kwargs)
+            if prefill and (takers := self._overriding("before_layer")):
+                layout = prefill.layout_in(number)
+                for method, memory in takers:
+                    kwargs = method.before_layer(number, layout, kwargs, memory)
+            return args, kwargs
 
         return hook
 
     def _prefill_layer(self, number: int, prefill: Prefill, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        hidden, kept = args[0], prefill.kept.get(number - 1)
-        if number not in prefill.steps:
-            prefill.steps[number] = step = self._decide(number, prefill, hidden) if number else None
-            if step is not None:
-                kept = step if kept is None else kept.then(step)
-            if kept is not None:
+        before, hidden = prefill.kept.get(number - 1), args[0]
+        if number:
+            rotary = kwargs["position_embeddings"]
+            if before is not None:
+                rotary = tuple(before.take(x) for x in rotary)
+            step, hidden = self._cut(number, prefill, hidden, rotary)
+            kept = step if before is None else before if step is None else before.then(step)
+            if kept is not None and number not in prefill.kept:
                 prefill.kept[number] = prefill.cached[number] = kept
-            if any(reduction.needs_attention and reduction.layer == number + 1 for reduction in self.reductions):
-                PROBES[self._decoder.layers[number].self_attn] = Probe(_layout_at(prefill, number).last)
-        step, kept = prefill.steps[number], prefill.kept.get(number)
-        if kept is None:
-            return args, kwargs
-        return (hidden if step is None else step.take(hidden), *args[1:]), _cut(kwargs, kept, prefill.length)
+        self._probe(number, prefill)
+        kept = prefill.kept.get(number)
+        return (hidden, *args[1:]), kwargs if kept is None else _part(kwargs, kept, prefill.length)
+
+    def _probe(self, number: int, prefill: Prefill) -> None:
+        """Have a layer tell what the steps before the next one want to see."""
+        kept, module = prefill.kept.get(number), self._decoder.layers[number].self_attn
+        for step, method in self._steps:
+            if step.needs_attention and step.layer == number + 1 and (method, step) not in self._probes:
+                asked = prefill.asked[method]
+                asked = asked if kept is None else kept.take(asked) & kept.valid
+                probe = Probe(Kept.of(asked))
+                self._probes[method, step] = probe, watch(module, probe)
 
     def _route(
         self, number: int, prefill: Prefill | None, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -294,7 +412,7 @@ class Acceleration:
         self._whole.pop(number, None)
         if prefill is None:
             return args, {**kwargs, GATE: gate}
-        layout = _layout_at(prefill, number)
+        layout = prefill.layout_at(number)
         if number not in prefill.routed:
             prefill.routed[number] = (logits, self.depth.route(logits, layout))
         keep = prefill.routed[number][1]
@@ -303,7 +421,7 @@ class Acceleration:
         inner, given = Kept.of(keep & layout.valid), prefill.kept.get(number)
         prefill.cached[number] = inner if given is None else given.then(inner)
         self._whole[number], self._inner[number] = hidden, inner
-        return (inner.take(hidden), *args[1:]), {**_cut(kwargs, inner, hidden.shape[1]), GATE: inner.take(gate)}
+        return (inner.take(hidden), *args[1:]), {**_part(kwargs, inner, hidden.shape[1]), GATE: inner.take(gate)}
 
     def _receive_gate(self, number: int) -> Callable:
         """The gate comes with the arguments, so that a checkpointed layer finds its own when it is computed again."""
@@ -330,7 +448,21 @@ class Acceleration:
 
         return hook
 
-    def _decode_layer(self, kept: Kept, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _decode_layer(self, number: int, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kept = prefill.cached.get(number)
+        stored = getattr(cache_in(kwargs).layers[number], "kept", None)  # of a cache that evicts
+        if stored is not None:
+            kept = stored if kept is None else kept.then(stored)
+        if kept is not None:
+            kwargs = self._part_of_mask(kept, hidden, kwargs)
+        if takers := self._overriding("before_decoding"):
+            layout = prefill.entering if kept is None else layout_of(prefill.entering, kept)
+            for method, memory in takers:
+                kwargs = method.before_decoding(number, layout, kwargs, memory)
+        return kwargs
+
+    def _part_of_mask(self, kept: Kept, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a layer whose cache has only a part of the prompt."""
         if hidden.shape[1] != 1:
             raise ValueError(
                 "A prompt was reduced inside the decoder, and then several tokens came at once: feed them one by one, "
@@ -341,9 +473,7 @@ class Acceleration:
             return kwargs
         past, batch = self._decoding.length, len(kept.valid)
         if mask is None:
-            cache = next(kwargs[name] for name in CACHES if kwargs.get(name) is not None)
-            # Layer 0, which tells the length, has put the new token in already.
-            mask = torch.ones(batch, 1, 1, cache.get_seq_length(), dtype=torch.bool, device=hidden.device)
+            mask = torch.ones(batch, 1, 1, self._length, dtype=torch.bool, device=hidden.device)
         mask = mask.expand(batch, -1, -1, -1)
         prompt = kept.take(mask[..., :past].flatten(1)).view(batch, 1, 1, -1)
         return {**kwargs, "attention_mask": torch.cat([hide(prompt, kept.valid[:, None, None]), mask[..., past:]], -1)}
@@ -352,11 +482,18 @@ class Acceleration:
         prefill, self._current, self._decoding = self._current, None, None
         self._inputs = (None, None, None)
         self._forget_probes()
+        for method, memory in self._methods:
+            if prefill:
+                prefill.extras |= method.report(memory)
+            memory.clear()
         if prefill is None:
             return output
-        cache = next((output.get(name) for name in CACHES if output.get(name) is not None), None)
+        cache = cache_in(output)
         if cache is not None:
+            from zoo.mllm.mixed_cache import cache_bytes
+
             setattr(cache, PREFILL, prefill)
+            prefill.kv_bytes = cache_bytes(cache)
         inner = prefill.kept.get(len(self._decoder.layers) - 1)
         kept = prefill.before if inner is None else inner if prefill.before is None else prefill.before.then(inner)
         if kept is not None:  # zeros where tokens were dropped, so that logits and labels stay aligned
@@ -366,8 +503,9 @@ class Acceleration:
         return output
 
     def _forget_probes(self) -> None:
-        for layer in self._decoder.layers:
-            PROBES.pop(layer.self_attn, None)
+        for _, watched in self._probes.values():
+            watched.remove()
+        self._probes.clear()
 
     def _as_decoder_takes(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """A bool mask as SDPA takes it, or for eager attention what is added to the logits."""
@@ -376,29 +514,22 @@ class Acceleration:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _layout_at(prefill: Prefill, number: int) -> TokenLayout:
-    """The layout of what a layer is given; of -1: of what is before the decoder."""
-    layout, kept = prefill.layout, prefill.kept.get(number)
-    if prefill.before is not None:
-        layout = layout_of(layout, prefill.before)
-    return layout if kept is None else layout_of(layout, kept)
+def _name(method: Method) -> str:
+    return type(method).__name__
 
 
-def _cut(kwargs: dict[str, Any], kept: Kept, length: int) -> dict[str, Any]:
+def _part(kwargs: dict[str, Any], kept: Kept, length: int) -> dict[str, Any]:
     """The arguments of a layer for a part of its `length` tokens."""
     kwargs = {**kwargs, "position_embeddings": tuple(kept.take(x) for x in kwargs["position_embeddings"])}
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kept.take(kwargs["position_ids"])
-    mask = kwargs.get("attention_mask")
-    if mask is None and not kept.all_valid:
-        mask = torch.ones(length, length, dtype=torch.bool, device=kept.index.device).tril()[None, None]
-    kwargs["attention_mask"] = None if mask is None else take_mask(mask, kept)
+    kwargs["attention_mask"] = mask_of(kwargs.get("attention_mask"), kept, length)
     return kwargs
 
 
 def accelerate(
     model: nn.Module,
-    reduce: str | Reduction | Sequence[str | Reduction] = (),
+    reduce: str | Method | Sequence[str | Method] = (),
     depth: MoD | None = None,
     mask: str = "causal",
     prompt_end: Sequence[int] = (),
@@ -414,7 +545,8 @@ def accelerate(
         reduce: a method or several, as an object or as text: ``"fastv:layer=2,keep=0.5"``; see ``zoo.mllm.reduce``.
         depth: layers that process part of the visual tokens only; its router is trained with the model.
         mask: "causal", "mma", "mma_mutual", "framewise" or "composite"; see ``zoo.mllm.masks``.
-        prompt_end: ids of the assistant marker, which the masks "mma" and "mma_mutual" need.
+        prompt_end: ids of the assistant marker, with which a prompt ends. The masks "mma" and "mma_mutual" need it, and
+            in training the methods that rank by the last token of the prompt.
 
     Returns:
         A handle, also a context manager, with ``remove()`` and ``report()``.
@@ -423,6 +555,4 @@ def accelerate(
         ValueError: the model's family, its attention or an option is not supported.
     """
     check_family(model)
-    several = [reduce] if isinstance(reduce, str | Reduction) else reduce
-    reductions = [parse_reduction(one) if isinstance(one, str) else one for one in several]
-    return Acceleration(model, sorted(reductions, key=lambda one: one.layer), depth, mask, list(prompt_end))
+    return Acceleration(model, parse_reductions(reduce), depth, mask, list(prompt_end))

@@ -1,7 +1,7 @@
-"""Transformers' SDPA and eager attention, which can also tell what one query attends to.
+"""Transformers' SDPA and eager attention, which can also be watched and replaced.
 
-The outputs are those of the attention they stand for, bit by bit. Where a probe waits for a layer, the attention of one
-query per row is computed beside it, without the L x L matrix.
+The outputs are those of the attention they stand for, bit by bit, unless another function came with a layer's
+arguments. What some queries attend to is computed beside it, without the L x L matrix.
 """
 
 import sys
@@ -13,21 +13,68 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from zoo.mllm.kept import Kept
+
+REPLACE = "zoo_attention"  # argument of a layer, handed on to its attention: what stands for it
+
+See = Callable[[Tensor, Tensor, Tensor | None, float], Any]
+WATCHED: WeakKeyDictionary[nn.Module, list[See]] = WeakKeyDictionary()
+
 
 @dataclass
+class Watch:
+    """That an attention module is watched; undone by ``remove()``."""
+
+    module: nn.Module
+    see: See
+
+    def remove(self) -> None:
+        """Watch no longer. May be called twice."""
+        if self.see in WATCHED.get(self.module, ()):
+            WATCHED[self.module].remove(self.see)
+
+
+def watch(module: nn.Module, see: See) -> Watch:
+    """Show each pass of an attention module to ``see(query, key, mask, scaling)``.
+
+    The module must run with the attention ``zoo_sdpa`` or ``zoo_eager``. The queries (B, heads, L, head_dim) and keys
+    (B, kv heads, L, head_dim), with their positions in them, are detached.
+    """
+    WATCHED.setdefault(module, []).append(see)
+    return Watch(module, see)
+
+
+@dataclass(eq=False)
 class Probe:
-    """What to look at in the next forward pass, and what was seen.
+    """Sees what some queries attend to.
 
     Attributes:
-        query: (B,) int64, position of the query in the sequence of the layer.
-        seen: (B, L), the attention of that query, mean over heads, in float32; None before the layer has run.
+        queries: which ones, of the sequence of the layer.
+        seen: (B, R, L) float32, their attention, mean over heads, zero where a row has fewer; None before the layer
+            has run.
     """
 
-    query: Tensor
+    queries: Kept
     seen: Tensor | None = None
 
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
+        """Look at one pass."""
+        allowed = allowed_keys(mask, self.queries, key.shape[2])
+        rows = self.queries.take(query.transpose(1, 2)).transpose(1, 2)
+        self.seen = attention_of(rows, key, allowed, scaling)
 
-PROBES: WeakKeyDictionary[nn.Module, Probe] = WeakKeyDictionary()  # of the attention modules that are looked at
+
+def replace(kwargs: dict[str, Any], attend: Callable, name: str) -> dict[str, Any]:
+    """The arguments of a layer, with ``attend(forward, module, query, key, value, mask, **kwargs)`` as its attention.
+
+    As an argument, it is there again where a checkpointed layer is computed again. ``forward`` is transformers' own.
+
+    Raises:
+        ValueError: another method has replaced it.
+    """
+    if REPLACE in kwargs:
+        raise ValueError(f"{name} and another method both replace the attention of a layer: give one of them.")
+    return {**kwargs, REPLACE: attend}
 
 
 def register() -> None:
@@ -40,32 +87,39 @@ def register() -> None:
         return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
 
     for name, forward, mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", eager, eager_mask)):
-        AttentionInterface.register(f"zoo_{name}", _probing(forward))
+        AttentionInterface.register(f"zoo_{name}", _open(forward))
         AttentionMaskInterface.register(f"zoo_{name}", mask)
 
 
-def _probing(forward: Callable) -> Callable:
+def _open(forward: Callable) -> Callable:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        probe = PROBES.get(module)
-        if probe:
-            probe.seen = _attention_of(query, key, attention_mask, probe.query, kwargs["scaling"])
+        for see in WATCHED.get(module, ()):
+            # Detached before all else: what autograd saved would be missed when a checkpointed layer is computed again.
+            see(query.detach(), key.detach(), attention_mask, kwargs["scaling"])
+        attend = kwargs.pop(REPLACE, None)
+        if attend:
+            return attend(forward, module, query, key, value, attention_mask, **kwargs)
         return forward(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 
 
-def _attention_of(query: Tensor, key: Tensor, mask: Tensor | None, place: Tensor, scaling: float) -> Tensor:
-    """(B, L) attention of the query at `place` of each row, mean over heads."""
-    batch, heads, _, dim = query.shape
-    rows = torch.arange(batch, device=query.device)
-    # Detached before all else: what autograd saved would be missed when a checkpointed layer is computed again.
-    one = query.detach()[rows, :, place].float().view(batch, key.shape[1], heads // key.shape[1], dim)
-    logits = scaling * one @ key.detach().float().transpose(-1, -2)  # (B, kv heads, heads per kv head, L)
-    positions = torch.arange(key.shape[2], device=key.device)
-    allowed = positions <= place[:, None]
-    if mask is not None:
-        row = mask.expand(batch, -1, -1, -1)[rows, 0, place]
-        allowed = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-    return logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+def allowed_keys(mask: Tensor | None, queries: Kept, length: int) -> Tensor:
+    """(B, R, L) bool: the keys that some queries may attend to, by a mask as attention takes it; None for causal."""
+    if mask is None:
+        allowed = torch.arange(length, device=queries.index.device) <= queries.index[..., None]
+    else:
+        rows = queries.take(mask.expand(len(queries.index), -1, -1, -1)[:, 0])
+        allowed = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    return allowed & queries.valid[..., None]
+
+
+def attention_of(query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    """(B, R, L) float32: attention of the queries (B, heads, R, D) among allowed (B, R, L) keys, mean over heads."""
+    kv_heads, count = key.shape[1], query.shape[2]
+    grouped = query.float().unflatten(1, (kv_heads, -1)).flatten(2, 3)  # (B, kv heads, heads per kv head * R, D)
+    logits = (scaling * grouped @ key.float().transpose(-1, -2)).unflatten(2, (-1, count))
+    attention = logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+    return attention.masked_fill(~allowed, 0.0)  # also where nothing is allowed

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 # These name their decoder, its layers and their image tokens alike; the others are refused until someone has looked.
-FAMILIES = {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "smolvlm", "idefics3"}
+FAMILIES = {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "smolvlm", "idefics3", "zoo_vlm"}
 
 
 def register_family(model_type: str) -> None:

@@ -1,6 +1,7 @@
 """Part of a batch's tokens, and everything that goes with the tokens cut down to it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Kept:
         order = mask.int().argsort(dim=1, stable=True)[:, -size:]  # the kept ones come last, in their order
         return cls(order, mask.gather(1, order))
 
-    @property
+    @cached_property
     def all_valid(self) -> bool:
         """Whether every row keeps the same number."""
         return bool(self.valid.all())
@@ -58,9 +59,20 @@ def hide(mask: Tensor, valid: Tensor) -> Tensor:
 
 
 def layout_of(layout: TokenLayout, kept: Kept) -> TokenLayout:
-    """The layout of what is kept. The prompt's end is not carried over: only masks need it, which are made before."""
+    """The layout of what is kept."""
     valid = kept.take(layout.valid) & kept.valid
-    return TokenLayout(valid, torch.where(valid, kept.take(layout.image), -1), torch.full_like(layout.prompt_end, -1))
+    ends = valid & (kept.index == layout.prompt_end[:, None])
+    end = torch.where(ends.any(1), ends.int().argmax(1), -1)
+    return TokenLayout(valid, torch.where(valid, kept.take(layout.image), -1), end)
+
+
+def mask_of(mask: Tensor | None, kept: Kept, length: int) -> Tensor | None:
+    """The mask of an attention over the kept ones of so many tokens; None, before and after, for a causal one."""
+    if mask is None and kept.all_valid:
+        return None
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=kept.index.device).tril()[None, None]
+    return take_mask(mask, kept)
 
 
 def take_mask(mask: Tensor, kept: Kept) -> Tensor:

@@ -67,3 +67,8 @@ class TokenLayout:
     def last(self) -> Tensor:
         """(B,) int64: position of the last token that is no padding."""
         return self.valid.shape[1] - 1 - self.valid.flip(1).int().argmax(1)
+
+    @property
+    def query(self) -> Tensor:
+        """(B,) int64: position of the last token of the prompt: the marker's end, or without one the row's last."""
+        return torch.where(self.prompt_end >= 0, self.prompt_end, self.last)

@@ -1,61 +1,23 @@
-"""Which visual tokens stay: each method ranks an image's tokens and keeps a share of them from some layer on."""
+"""Which visual tokens stay: methods that rank an image's tokens, and the methods by name."""
 
+import dataclasses
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.mllm.layout import TokenLayout
-
-
-@dataclass(frozen=True)
-class Reduction(ABC):
-    """A method that drops visual tokens before one layer, for this and all later layers.
-
-    Attributes:
-        keep: share of the visual tokens that stay, more than 0 and at most 1; of each row, rounded up.
-        layer: the first layer that does not see the others; 0 drops them before the decoder.
-    """
-
-    keep: float = 0.5
-    layer: int = 0
-    needs_attention: ClassVar[bool] = False  # of the last prompt token, in the layer before
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"{type(self).__name__}: keep is {self.keep}, expected more than 0 and at most 1.")
-        if self.layer < (1 if self.needs_attention else 0):
-            raise ValueError(
-                f"{type(self).__name__}: layer is {self.layer}, expected at least {int(self.needs_attention)}."
-            )
-
-    def select(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:
-        """Which tokens stay.
-
-        Args:
-            layout: of the tokens that are left before this reduction.
-            hidden: (B, L, C), what the layer is about to see.
-            attention: (B, L), of the last prompt token in the layer before, mean over heads.
-
-        Returns:
-            (B, L) bool, True for all that is no image and for the best ``keep`` of each row's visual tokens. Of equal
-            scores the earlier token stays.
-        """
-        is_image = layout.is_image
-        counts = [
-            [math.ceil(visual * self.keep - 1e-9)] for visual in is_image.sum(1).tolist()
-        ]  # float32 is too coarse
-        scores = self.scores(layout, hidden, attention).masked_fill(~is_image, -math.inf)
-        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return ~is_image | (rank < torch.tensor(counts, device=rank.device))
-
-    @abstractmethod
-    def scores(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:
-        """(B, L): the higher, the sooner a visual token stays; other tokens' are ignored."""
+from zoo.mllm.base import Method, Reduction, Scene, share_of
+from zoo.mllm.prumerge import PruMerge
+from zoo.mllm.pyramiddrop import PyramidDrop
+from zoo.mllm.sparsevlm import SparseVLM
+from zoo.mllm.tome import ToMe
+from zoo.mllm.visionzip import VisionZip
+from zoo.mllm.yopo import YOPO
+from zoo.mllm.zipvl import ZipVL
 
 
 @dataclass(frozen=True)
@@ -64,19 +26,24 @@ class FastV(Reduction):
 
     layer: int = 2
     needs_attention: ClassVar[bool] = True
+    ranks_by_prompt: ClassVar[bool] = True
 
-    def scores(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:
+    def scores(self, scene: Scene) -> Tensor:
         """Attention of the last prompt token."""
-        return attention
+        return scene.attention[:, 0]
+
+    def overhead(self, shape: Any, text: float, tokens: Sequence[float]) -> float:
+        """One row of attention."""
+        return 2 * tokens[self.layer - 1] * shape.num_heads * shape.head_dim
 
 
 @dataclass(frozen=True)
 class Uniform(Reduction):
     """Evenly spaced tokens: the baseline that any method must beat."""
 
-    def scores(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:
+    def scores(self, scene: Scene) -> Tensor:
         """1 where a stride of ``1 / keep`` passes, else 0."""
-        count = layout.is_image.cumsum(1)  # of visual tokens up to this one
+        count = scene.layout.is_image.cumsum(1)  # of visual tokens up to this one
         # The small step keeps products such as 0.1 * 10 from falling just short of a whole number.
         return (torch.floor(count * self.keep + 1e-6) > torch.floor((count - 1) * self.keep + 1e-6)).float()
 
@@ -91,20 +58,21 @@ class Random(Reduction):
 
     seed: int = 0
 
-    def scores(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:
+    def scores(self, scene: Scene) -> Tensor:
         """Uniform random numbers, drawn on the CPU so that every device drops the same."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(layout.valid.shape, generator=generator).to(hidden.device)
+        return torch.rand(scene.layout.valid.shape, generator=generator).to(scene.hidden.device)
 
 
 @dataclass(frozen=True)
 class DivPrune(Reduction):
     """The most diverse tokens: farthest-point selection by cosine distance (arXiv:2503.02175)."""
 
-    def scores(self, layout: TokenLayout, hidden: Tensor, attention: Tensor | None) -> Tensor:
+    def scores(self, scene: Scene) -> Tensor:
         """Minus the step at which a token is chosen; the first is the one farthest from its nearest neighbour."""
-        scores = hidden.new_full(layout.valid.shape, -math.inf, dtype=torch.float32)
-        for row, where in enumerate(layout.is_image):
+        hidden = scene.hidden
+        scores = hidden.new_full(scene.layout.valid.shape, -math.inf, dtype=torch.float32)
+        for row, where in enumerate(scene.layout.is_image):
             places = where.nonzero()[:, 0]
             if len(places) < 2:
                 scores[row, places] = 0.0
@@ -112,7 +80,7 @@ class DivPrune(Reduction):
             tokens = F.normalize(hidden[row, places].float(), dim=-1)
             distance = 1 - tokens @ tokens.T
             nearest = distance.fill_diagonal_(math.inf).amin(1)
-            for step in range(math.ceil(len(places) * self.keep - 1e-9)):
+            for step in range(share_of(len(places), self.keep)):
                 best = nearest.argmax()
                 scores[row, places[best]] = -float(step)
                 nearest = distance[best] if step == 0 else torch.minimum(nearest, distance[best])
@@ -120,11 +88,26 @@ class DivPrune(Reduction):
         return scores
 
 
-METHODS: dict[str, type[Reduction]] = {method.__name__.lower(): method for method in (FastV, Uniform, Random, DivPrune)}
+METHODS: dict[str, type[Method]] = {
+    method.__name__.lower(): method
+    for method in (
+        FastV,
+        PyramidDrop,
+        SparseVLM,
+        ZipVL,
+        YOPO,
+        VisionZip,
+        PruMerge,
+        ToMe,
+        DivPrune,
+        Uniform,
+        Random,
+    )
+}
 
 
-def parse_reduction(text: str) -> Reduction:
-    """A method from text such as ``"fastv:layer=2,keep=0.5"``.
+def parse_reduction(text: str) -> Method:
+    """A method from text such as ``"fastv:layer=2,keep=0.5"`` or ``"pyramiddrop:layers=8/16/24"``.
 
     Raises:
         ValueError: there is no such method or option, or a value is out of range.
@@ -133,14 +116,35 @@ def parse_reduction(text: str) -> Reduction:
     if name.lower() not in METHODS:
         raise ValueError(f"There is no reduction {name!r}: expected one of {', '.join(METHODS)}.")
     method = METHODS[name.lower()]
-    fields = {field: kind for field, kind in (("keep", float), ("layer", int), ("seed", int))
-              if field in method.__dataclass_fields__}  # fmt: skip
+    hints = get_type_hints(method)
+    kinds = {
+        field.name: hints[field.name] for field in dataclasses.fields(method) if field.metadata.get("text", field.init)
+    }
     values = {}
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         try:
-            values[key] = fields[key](value)
+            values[key] = _read(kinds[key], value)
         except (KeyError, ValueError):
-            known = ", ".join(f"{field}={kind.__name__}" for field, kind in fields.items())
+            known = ", ".join(f"{field}={_shown(kind)}" for field, kind in kinds.items())
             raise ValueError(f"{option!r} is no option of {name}: expected {known}.") from None
     return method(**values)
+
+
+def parse_reductions(reduce: str | Method | Sequence[str | Method]) -> list[Method]:
+    """The methods of ``accelerate(reduce=...)``, without those that change nothing."""
+    several = [reduce] if isinstance(reduce, str | Method) else reduce
+    methods = [parse_reduction(one) if isinstance(one, str) else one for one in several]
+    return [method for method in methods if not method.is_identity]
+
+
+def _read(kind: Any, value: str) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(_read(get_args(kind)[0], one) for one in value.split("/"))
+    if kind is bool:
+        return {"true": True, "false": False}[value.lower()]
+    return kind(value)
+
+
+def _shown(kind: Any) -> str:
+    return f"{get_args(kind)[0].__name__}/..." if get_origin(kind) is tuple else kind.__name__

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from zoo.mllm.accelerate import accelerate
 from zoo.mllm.flops import DecoderShape, prefill_flops
+from zoo.mllm.plan_files import write_plan
 from zoo.mllm.reduce import FastV, Reduction
 
 FIRST = 2  # the attention of layer 0 ranks visual tokens unlike all later ones
@@ -53,10 +54,7 @@ class Schedule:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as JSON."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"rates": self.rates}), encoding="utf-8")
-        os.replace(part, path)
+        write_plan(path, {"rates": self.rates})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Schedule":

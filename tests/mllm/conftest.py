@@ -1,7 +1,12 @@
 """Tiny random models of the seven families, and batches for them."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what the tests share
 
 transformers = pytest.importorskip("transformers")
 

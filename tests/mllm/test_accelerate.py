@@ -4,112 +4,36 @@ import copy
 
 import pytest
 import torch
+from against_plain import GREEDY, IMAGE, MARKER, continued, generated, logits, masked, merged_by_layers, seen_by_layers
 
-from zoo.mllm import MoD, accelerate, masks
-from zoo.mllm.layout import TokenLayout
+from zoo.mllm import MoD, accelerate
 
-MARKER, IMAGE = 94, 90
 REDUCTIONS = [
     "fastv:layer=2,keep=0.5",
     "uniform:keep=0.5",
     "random:layer=3,keep=0.5",
     "divprune:keep=0.3",
+    "pyramiddrop:keep=0.6",
+    "sparsevlm:layers=2/3,keep=0.6/0.3",
     ["random:layer=2,keep=0.75", "fastv:layer=2,keep=0.5"],
     ["uniform:keep=0.75", "fastv:layer=2,keep=0.5", "random:layer=4,keep=0.4"],
 ]
-GREEDY = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE]}
 
 
-@torch.no_grad()
-def logits(model, inputs):
-    return model(**inputs).logits
-
-
-def continued(inputs, sequences):
-    """The inputs with the generated tokens behind the prompt."""
-    new = sequences.shape[1] - inputs["input_ids"].shape[1]
-    longer = dict(inputs, input_ids=sequences)
-    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        if name in inputs:
-            more = torch.full((len(sequences), new), fill)
-            longer[name] = torch.cat([inputs[name], more], 1)
-    return longer
-
-
-def seen_by_layers(handle):
-    """(layers, B, L) bool: which tokens of the prompt each layer sees."""
-    prefill = handle.last
-    seen = []
-    for layer in range(len(handle._decoder.layers)):
-        mask = torch.zeros_like(prefill.layout.valid)
-        kept = prefill.cached.get(layer)
-        for row in range(len(mask)):
-            places = torch.arange(mask.shape[1])
-            if prefill.before is not None:
-                places = prefill.before.index[row]
-            chosen = torch.ones_like(places, dtype=torch.bool)
-            if prefill.before is not None:
-                chosen = prefill.before.valid[row]
-            if kept is not None:
-                places, chosen = places[kept.index[row]], kept.valid[row]
-            mask[row, places[chosen]] = True
-        seen.append(mask)
-    return torch.stack(seen)
-
-
-def masked(model, inputs, seen, rule="causal", routing=None):
-    """Logits of the plain model in whose layers dropped tokens are masked instead: slower, and obviously right.
-
-    Routing is a MoD and the layers that route: there, tokens that are not seen stay as they are.
-    """
-    layout = TokenLayout.from_ids(inputs["input_ids"], [IMAGE], inputs["attention_mask"], [MARKER])
-    allowed = masks.RULES[rule](layout)
-    length = allowed.shape[1]
-    itself = torch.eye(length, dtype=torch.bool)
-
-    def hook(number):
-        keys = torch.cat([seen[number], seen.new_ones(len(layout.valid), length - seen.shape[2])], 1)
-
-        def before(module, args, kwargs):
-            return args, {**kwargs, "attention_mask": ((allowed & keys[:, None]) | itself)[:, None]}
-
-        return before
-
-    layers = model.get_decoder().layers
-    handles = [layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    for i in routing[1] if routing else ():
-        handles += routed_layer(layers[i], routing[0], seen[i])
-    try:
-        return logits(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def routed_layer(layer, depth, seen):
-    gate = []
-
-    def enter(module, args, kwargs):
-        gate[:] = [depth.router(module.input_layernorm(args[0])).softmax(-1)[..., 1:]]
-
-    def leave(module, args, output):
-        answer = args[0].shape[1] - seen.shape[1]
-        processed = torch.cat([seen, seen.new_ones(len(seen), answer)], 1)
-        return torch.where(processed[..., None], output, args[0])
-
-    return [
-        layer.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.mlp.register_forward_hook(lambda module, args, output: output * gate[0] if depth.gate else None),
-        layer.register_forward_hook(leave),
-    ]
+WHOLE = [
+    ["fastv:keep=1", "uniform:keep=1", "pyramiddrop:keep=1", "sparsevlm:keep=1", "zipvl:tau=1,high=16,low=16"],
+    # Shares that are rounded up to all: everything is chosen and gathered, and nothing may change.
+    ["uniform:keep=0.99", "fastv:layer=1,keep=0.99", "pyramiddrop:keep=0.99", "sparsevlm:layers=3,keep=0.99"],
+]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_everything_kept_is_the_plain_model(model, batch, rows):
+@pytest.mark.parametrize("reduce", WHOLE, ids=["left out", "rounded up"])
+def test_everything_kept_is_the_plain_model(model, batch, rows, reduce):
     inputs = batch(rows)
     plain, names = logits(model, inputs), list(model.state_dict())
     answer = model.generate(**inputs, max_new_tokens=3, **GREEDY)
-    with accelerate(model, ["fastv:keep=1", "uniform:keep=1"]) as handle:
+    with accelerate(model, reduce) as handle:
         assert torch.equal(logits(model, inputs), plain)
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, **GREEDY), answer)
         assert list(model.state_dict()) == names
@@ -126,11 +50,11 @@ def test_dropping_is_masking(model, batch, rows, reduce):
     plain = logits(model, inputs)
     with accelerate(model, reduce) as handle:
         prefill = logits(model, inputs)
-        out = model.generate(**inputs, max_new_tokens=3, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        sequences, answer, cache = generated(model, inputs)
         seen, report = seen_by_layers(handle), handle.report()
     last = len(plain[0]) - 1
-    want = masked(model, continued(inputs, out.sequences), seen)
-    torch.testing.assert_close(torch.stack(out.logits, 1), want[:, last:-1], atol=1e-5, rtol=1e-5)
+    want = masked(model, continued(inputs, sequences), seen, merged=merged_by_layers(handle))
+    torch.testing.assert_close(answer, want[:, last:-1], atol=1e-5, rtol=1e-5)
     alive = seen[-1] & inputs["attention_mask"].bool()
     torch.testing.assert_close(prefill[alive], want[:, : last + 1][alive], atol=1e-5, rtol=1e-5)
     is_image = inputs["input_ids"] == IMAGE
@@ -139,8 +63,26 @@ def test_dropping_is_masking(model, batch, rows, reduce):
     assert (prefill[:2, last] - plain[:2, last]).abs().max() > 1e-4  # what was dropped did matter
     if rows == 3:  # a row of text alone loses nothing
         torch.testing.assert_close(prefill[2, last], plain[2, last], atol=1e-5, rtol=1e-5)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache.layers]
     assert lengths == [int(layer.sum(1).max()) + 2 if not layer.all() else last + 3 for layer in seen]
+
+
+def test_a_step_chooses_among_what_the_one_before_it_left(build, batch, family):
+    """Of each row: the best attended of the tokens that a random step keeps at the same layer."""
+    if family != "llava":
+        return
+    inputs, first = batch(3), "random:layer=2,keep=0.75"
+    is_image = inputs["input_ids"] == IMAGE
+    with torch.no_grad():
+        attention = build(family, "eager")(**inputs, output_attentions=True).attentions[1][:, :, -1].mean(1)
+    model, seen = build(family), []
+    for reduce in (first, [first, "fastv:layer=2,keep=0.5"]):
+        with accelerate(model, reduce) as handle:
+            logits(model, inputs)
+            seen.append(seen_by_layers(handle)[2] & is_image)
+    for left, chosen, scores in zip(*seen, attention):
+        places = sorted(left.nonzero()[:, 0].tolist(), key=lambda place: -float(scores[place]))
+        assert chosen.nonzero()[:, 0].tolist() == sorted(places[: len(places) // 2])
 
 
 @pytest.mark.parametrize("rule", ["mma", "mma_mutual", "framewise", "composite"])
@@ -197,7 +139,9 @@ def test_training_with_labels(model, batch):
     labels = inputs["input_ids"].clone()
     labels[:, :-3] = -100
     trained = copy.deepcopy(model).train()
-    with accelerate(trained, "fastv:layer=2,keep=0.5") as handle:
+    with accelerate(trained, "fastv:layer=2,keep=0.5"), pytest.raises(ValueError, match="ranks by the last token"):
+        trained(**inputs, labels=labels)
+    with accelerate(trained, "fastv:layer=2,keep=0.5", prompt_end=[MARKER]) as handle:
         loss = trained(**inputs, labels=labels).loss
         loss.backward()
         seen = seen_by_layers(handle)
@@ -289,7 +233,7 @@ def test_checkpoints_of_two_passes(model, batch, reduce):
         trained = copy.deepcopy(model).train()
         if checkpointing:
             trained.gradient_checkpointing_enable({"use_reentrant": False})
-        with accelerate(trained, reduce, depth):
+        with accelerate(trained, reduce, depth, prompt_end=[MARKER]):
             depth.zero_grad()
             losses = [trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss for inputs in (one, other)]
             sum(losses).backward()
@@ -335,15 +279,15 @@ def test_decoding_by_hand_of_rows_with_and_without_an_image(model, batch, reduce
         fed = by_hand(model, inputs, tokens)
         seen = seen_by_layers(handle)
         assert torch.equal(by_hand(model, inputs, tokens, copied=True), fed)
-        generated = model.generate(**inputs, max_new_tokens=3, **GREEDY)
+        answer = model.generate(**inputs, max_new_tokens=3, **GREEDY)
     assert not seen.all()
     length = inputs["input_ids"].shape[1]
     routing = depth and (depth, ROUTED)
     longer = continued(inputs, torch.cat([inputs["input_ids"], tokens], 1))
     torch.testing.assert_close(fed, masked(model, longer, seen, routing=routing)[:, length - 1 :], atol=1e-5, rtol=1e-5)
-    want = masked(model, continued(inputs, generated), seen, routing=routing)[:, length - 1 : -1]
+    want = masked(model, continued(inputs, answer), seen, routing=routing)[:, length - 1 : -1]
     want[..., IMAGE] = -torch.inf
-    assert torch.equal(want.argmax(-1), generated[:, length:])
+    assert torch.equal(want.argmax(-1), answer[:, length:])
 
 
 def test_what_would_silently_be_plain_is_refused(build, batch, family):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zoo.mllm import DivPrune, FastV, Random, TokenLayout, Uniform, accelerate, register_family
+from zoo.mllm.base import Scene
 from zoo.mllm.families import FAMILIES
 from zoo.mllm.reduce import parse_reduction
 
@@ -13,7 +14,7 @@ LAYOUT = TokenLayout.from_ids(IDS, [9], IDS != 0)
 
 def kept(method, hidden=None, attention=None):
     hidden = torch.zeros(*IDS.shape, 4) if hidden is None else hidden
-    mask = method.select(LAYOUT, hidden, attention)
+    mask = method.select(Scene(LAYOUT, hidden, attention)).keep
     assert mask[~LAYOUT.is_image].all()
     return [(row & image).nonzero()[:, 0].tolist() for row, image in zip(mask, LAYOUT.is_image)]
 
@@ -28,12 +29,12 @@ def test_the_share_is_exact(method):
     """In float32, 25 * 0.6 is more than 15."""
     layout = TokenLayout.from_ids(torch.full((1, 25), 9), [9])
     hidden = torch.randn(1, 25, 8, generator=torch.Generator().manual_seed(0))
-    assert method.select(layout, hidden, None).sum() == 15
+    assert method.select(Scene(layout, hidden)).keep.sum() == 15
 
 
 def test_fastv_keeps_what_is_attended_to_and_the_earlier_of_equals():
     attention = torch.tensor([[9, 0.1, 0.3, 0.1, 0.5, 0.1, 0.1, 9], [9, 9, 9, 0.2, 0.2, 0.2, 9, 9]])
-    assert kept(FastV(0.5), attention=attention) == [[1, 2, 4], [3, 4]]
+    assert kept(FastV(0.5), attention=attention[:, None]) == [[1, 2, 4], [3, 4]]
 
 
 def test_random_is_the_same_for_the_same_seed():
