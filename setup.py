@@ -14,9 +14,12 @@ for name, folder in FOLDERS.items():
 # imports ftfy and regex without saying so.
 dense = ["mmengine>=0.10.7,<1", "mmcv-lite==2.1.0", "mmdet==3.3.0", "mmsegmentation==1.2.2"]
 dense += ["ftfy", "regex", 'setuptools; python_version >= "3.12"', "supervision>=0.25"]
-mllm = ["transformers>=5.17"]
-serve: list[str] = []
+# num2words is for the processor of SmolVLM.
+mllm = ["transformers>=5.17", "gguf>=0.10", "peft>=0.17", "num2words", "open_clip_torch>=2.24"]
+serve = ["gradio>=6.20,<7", "fastapi>=0.115", "fastapi-offline>=1.7", "uvicorn"]
 export = ["pyarrow"]
+# Ray Data brings pyarrow; 2.64 is to lose the argument that bounds the retries of an actor.
+bulk = ["ray[data]>=2.55,<2.64", "fsspec"]
 bench = ["matplotlib"]
 train = ["accelerate>=1.0", "tensorboard", "pyyaml", "resvg_py>=0.3"]
 everything = [*dense, *mllm, *serve, *export, *bench, *train]
@@ -36,7 +39,7 @@ setup(
     packages=[*packages, "zoo.configs"],
     package_dir={**FOLDERS, "zoo.configs": "configs"},
     package_data={
-        "zoo": ["weights/*", "samples/*"],
+        "zoo": ["weights/**/*", "samples/*", "scenes/*", "serve/page.*"],
         "zoo.configs": ["**/*.yaml", "**/*.py"],
     },
     install_requires=[
@@ -56,10 +59,14 @@ setup(
         "mllm": mllm,
         "serve": serve,
         "export": export,
+        "bulk": bulk,
         "bench": bench,
         "train": train,
-        "all": everything,
+        "all": [*everything, *bulk],
         "dev": [*everything, *checks, *formatter],
     },
-    entry_points={"console_scripts": ["zoo = zoo.cli:app"]},
+    entry_points={
+        "console_scripts": ["zoo = zoo.cli:app"],
+        "lmms_eval.models": ["zoo_mllm = zoo.mllm.lmms_adapter:manifest"],
+    },
 )

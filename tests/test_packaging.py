@@ -68,9 +68,10 @@ def test_the_wheel_holds_every_source_file_and_all_data(wheel):
         for folder, inside in FOLDERS.items()
         for file in (ROOT / folder).rglob("*.py")
     }
-    data = [*(ROOT / "zoo/weights").iterdir(), *(ROOT / "zoo/samples").iterdir()]
-    expected |= {file.relative_to(ROOT).as_posix() for file in data}
+    data = [file for name in ("weights", "samples", "scenes") for file in (ROOT / "zoo" / name).rglob("*")]
+    expected |= {file.relative_to(ROOT).as_posix() for file in data if file.is_file()}
     expected |= {f"zoo/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "configs").rglob("*.yaml")}
+    expected |= {"zoo/serve/page.css", "zoo/serve/page.js"}
     for kind in (".safetensors", ".jpg", ".yaml", "quickstart_classes.json"):
         assert any(name.endswith(kind) for name in expected), kind
     assert {name for name in ZipFile(wheel).namelist() if name.startswith("zoo/")} == expected

@@ -9,23 +9,20 @@ goes on from its last checkpoint exactly as if nothing had happened: run the sam
 
 import argparse
 import dataclasses
-import difflib
 import itertools
 import json
 import random
 import sys
 import time
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin, gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -44,6 +41,7 @@ import zoo
 from zoo.backbones.layers.prepbn import PRepBN, set_prep_progress
 from zoo.checkpoints import save_checkpoint
 from zoo.files import replacing, write_text
+from zoo.tools.settings import check_choices, read_settings
 from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -138,33 +136,10 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         FileNotFoundError: There is no such file.
         ValueError: A key is unknown or missing, or a value has the wrong type or is not among the allowed ones.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file at {path}")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `key: value` lines")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} must look like key=value")
-        values[key] = yaml.safe_load(text)
-    kinds = get_type_hints(Config)
-    for key in values:
-        if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, 1)
-            raise ValueError(f"unknown key {key!r} in {path}" + (f": did you mean {near[0]!r}?" if near else ""))
-        values[key] = _convert(key, values[key], kinds[key])
-    for field in dataclasses.fields(Config):
-        if field.default is dataclasses.MISSING and not values.get(field.name):
-            raise ValueError(f"{path} must set {field.name!r}")
-    config = Config(**values)
-    for key, allowed in {
-        "mode": ("train", "eval"),
-        "data": ("folder", "sprites"),
-        "precision": ("fp32", "bf16", "fp16"),
-    }.items():
-        if getattr(config, key) not in allowed:
-            raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {getattr(config, key)!r}")
+    config = read_settings(Config, path, overrides)
+    check_choices(
+        config, {"mode": ("train", "eval"), "data": ("folder", "sprites"), "precision": ("fp32", "bf16", "fp16")}
+    )
     if config.mode == "train" and (not config.train_data or bool(config.epochs) == bool(config.steps)):
         raise ValueError("training needs train_data and either epochs or steps")
     if config.data == "sprites" and (config.epochs or config.mixup or config.cutmix or config.auto_augment):
@@ -172,22 +147,6 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     if config.mode == "eval" and not (config.checkpoint or config.pretrained):
         raise ValueError("mode eval needs a checkpoint or pretrained: true")
     return config
-
-
-def _convert(key: str, value: Any, kind: Any) -> Any:
-    allowed = get_args(kind) or (kind,)
-    if value is None and types.NoneType in allowed:
-        return None
-    if float in allowed and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3 as text
-        except (TypeError, ValueError):
-            pass
-    elif type(value) in allowed:
-        return value
-    elif str in allowed and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # a folder called 2024
-    raise ValueError(f"{key} must be {allowed[0].__name__}, not {value!r}")
 
 
 class _Seeded(Dataset):

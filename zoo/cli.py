@@ -23,6 +23,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from zoo.bulk.command import run_command
+from zoo.bulk.recipe import Recipe
 from zoo.catalogue import CATALOGUE, DEFAULT_MODEL
 from zoo.checkpoints import convert_checkpoint
 from zoo.classifier import Classifier, Result, check_name
@@ -68,6 +70,12 @@ Amp = Annotated[bool, typer.Option("--amp", help="Compute in half precision wher
 Workers = Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")]
 Urls = Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(metavar="local|ray", help="Bulk: PATH is one source, --out a folder of Parquet files to go on with."),
+]
+ShardRows = Annotated[int, typer.Option(min=1, help="With --engine: pictures per Parquet file.")]
+Column = Annotated[str | None, typer.Option(help="With --engine: the column of Parquet with bytes or paths.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -92,13 +100,30 @@ def classify(
     amp: Amp = False,
     workers: Workers = 2,
     allow_urls: Urls = False,
+    engine: Engine = None,
+    shard_rows: ShardRows = 512,
+    column: Column = None,
 ) -> None:
     """Name what is in pictures. Exit code 1 if some could not be read, 2 if none could."""
+    names = labels and labels.read_text(encoding="utf-8").splitlines()
+    if engine:
+        recipe = Recipe(
+            "classify",
+            model,
+            checkpoint,
+            labels=names and tuple(names),
+            top_k=top_k,
+            amp=amp,
+            device=device,
+            batch_size=batch_size,
+        )
+        run_command(recipe, paths, out, engine, workers, shard_rows, column, allow_urls, as_json)
+        return
     _check_suffix(out, ".png")
     classifier = Classifier(
         model,
         checkpoint=checkpoint,
-        labels=labels and labels.read_text(encoding="utf-8").splitlines(),
+        labels=names,
         device=device,
         amp=amp,
         batch_size=batch_size,
@@ -126,8 +151,15 @@ def embed(
     amp: Amp = False,
     workers: Workers = 2,
     allow_urls: Urls = False,
+    engine: Engine = None,
+    shard_rows: ShardRows = 512,
+    column: Column = None,
 ) -> None:
     """Turn pictures into feature vectors. Exit code 1 if some could not be read, 2 if none could."""
+    if engine:
+        recipe = Recipe("embed", model, checkpoint, amp=amp, device=device, batch_size=batch_size)
+        run_command(recipe, paths, out, engine, workers, shard_rows, column, allow_urls)
+        return
     _check_suffix(out, ".npy", ".parquet")
     if out.suffix == ".parquet":
         _pyarrow()
@@ -246,6 +278,34 @@ def convert(
     check_name(model)
     report = convert_checkpoint(source, destination, model, which=which, overwrite=overwrite)
     typer.echo(f"Wrote {destination}: {report}")
+
+
+@app.command()
+def serve(
+    model: Annotated[list[str] | None, typer.Option(help="A classifier; may be repeated, to compare them.")] = None,
+    talker: Annotated[
+        str | None, typer.Option("--chat", help="A multimodal model: a folder or a Hugging Face name.")
+    ] = None,
+    device: Device = None,
+    host: Annotated[str, typer.Option(help="Name or address to listen on; other than loopback, with a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 7860,
+    token: Annotated[
+        str, typer.Option(envvar="ZOO_SERVE_TOKEN", help="What requests must bring; the variable shows it to nobody.")
+    ] = "",
+    upload_mib: Annotated[float, typer.Option(min=0.01, help="Largest request.")] = 20,
+    megapixels: Annotated[float, typer.Option(min=0.01, help="Largest picture.")] = 50,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Longest that a request may take.")] = 30,
+) -> None:
+    """Serve a page and a JSON API for pictures, on this machine unless told otherwise. See docs/SERVE.md."""
+    from zoo.serve import Limits
+    from zoo.serve.command import serve as serve_models
+
+    limits = Limits(int(upload_mib * 2**20), int(megapixels * 1e6), queue, concurrency, seconds)
+    serve_models(model or [DEFAULT_MODEL], talker, device, host, port, token, limits)
 
 
 @app.command()
@@ -384,4 +444,4 @@ def _pyarrow() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-from zoo import dense_cli  # noqa: E402, F401 (adds `zoo detect` and `zoo segment`)
+from zoo import chat, dense_cli  # noqa: E402, F401 (adds `zoo chat`, `zoo demo-chat`, `zoo detect` and `zoo segment`)

@@ -14,7 +14,21 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from zoo.cli import Checkpoint, Device, Json, Urls, Workers, app, print_json, report_failures
+from zoo.bulk.command import run_command
+from zoo.bulk.recipe import Recipe
+from zoo.cli import (
+    Checkpoint,
+    Column,
+    Device,
+    Engine,
+    Json,
+    ShardRows,
+    Urls,
+    Workers,
+    app,
+    print_json,
+    report_failures,
+)
 from zoo.console import output_console
 from zoo.dense import DenseModel, DenseResult
 from zoo.detector import Detections, Detector
@@ -47,8 +61,16 @@ def detect(
     device: Device = None,
     workers: Workers = 2,
     allow_urls: Urls = False,
+    engine: Engine = None,
+    shard_rows: ShardRows = 512,
+    column: Column = None,
 ) -> None:
     """Find things in pictures. Exit code 1 if some could not be read, 2 if none could."""
+    if engine:
+        files = {"checkpoint": checkpoint, "config": config and str(config)}
+        recipe = Recipe("detect", model, **files, score=score, device=device, batch_size=batch_size)
+        run_command(recipe, paths, out, engine, workers, shard_rows, column, allow_urls, as_json)
+        return
     detector = Detector(
         model,
         score=score,
@@ -58,7 +80,7 @@ def detect(
         batch_size=batch_size,
         workers=workers,
     )
-    _run(detector, paths, allow_urls, out, as_json, draw_detections, _detected_objects, _name_detections)
+    _run(detector, paths, allow_urls, out, as_json, draw_detections, detected_objects, _name_detections)
 
 
 @app.command()
@@ -73,12 +95,20 @@ def segment(
     device: Device = None,
     workers: Workers = 2,
     allow_urls: Urls = False,
+    engine: Engine = None,
+    shard_rows: ShardRows = 512,
+    column: Column = None,
 ) -> None:
     """Name the class of every pixel. Exit code 1 if some pictures could not be read, 2 if none could."""
+    if engine:
+        files = {"checkpoint": checkpoint, "config": config and str(config)}
+        recipe = Recipe("segment", model, **files, device=device, batch_size=batch_size)
+        run_command(recipe, paths, out, engine, workers, shard_rows, column, allow_urls, as_json)
+        return
     segmenter = Segmenter(
         model, config=config, checkpoint=checkpoint, device=device, batch_size=batch_size, workers=workers
     )
-    _run(segmenter, paths, allow_urls, out, as_json, draw_segmentation, _segmented_objects, _name_segments)
+    _run(segmenter, paths, allow_urls, out, as_json, draw_segmentation, segmented_objects, _name_segments)
 
 
 def _run(
@@ -218,7 +248,8 @@ def _video_sink(path: Path | None, rate: float) -> Iterator[Callable[[Image.Imag
         part.unlink(missing_ok=True)
 
 
-def _detected_objects(found: Detections) -> Iterator[dict[str, Any]]:
+def detected_objects(found: Detections) -> Iterator[dict[str, Any]]:
+    """The things in a picture as annotations of COCO, whose categories count from 1."""
     for row in range(len(found)):
         left, top, right, bottom = found.boxes[row].tolist()
         box = [left, top, right - left, bottom - top]
@@ -233,7 +264,8 @@ def _detected_objects(found: Detections) -> Iterator[dict[str, Any]]:
         }
 
 
-def _segmented_objects(found: Segmentation) -> Iterator[dict[str, Any]]:
+def segmented_objects(found: Segmentation) -> Iterator[dict[str, Any]]:
+    """The classes in a picture as annotations of COCO, whose categories count from 0."""
     for label in np.unique(found.labels):
         mask = found.labels == label
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))

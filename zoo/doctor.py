@@ -18,6 +18,7 @@ DISTRIBUTION = "linear-vision-zoo"
 USES = {
     "": "everything",
     "bench": "plots",
+    "bulk": "bulk inference",
     "dense": "boxes and masks",
     "export": "parquet files",
     "mllm": "multimodal language models",

@@ -8,7 +8,7 @@ import re
 import stat
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -104,7 +104,9 @@ def find_images(paths: Sequence[str | os.PathLike], allow_urls: bool = False) ->
             found.setdefault(path, RemoteImage(path) if allow_urls else path)
             continue
         literal = os.path.lexists(path) or not glob.has_magic(path)
-        files = [file for match in ([path] if literal else _glob(path)) for file in _expand(match)]
+        files = [
+            file for match in ([path] if literal else _glob(path)) for file in walk_files(match, has_picture_suffix)
+        ]
         if not files:
             reason = "is a folder without pictures." if os.path.isdir(path) else "matches no picture."
             failed.append(ImageError(path, reason))
@@ -113,8 +115,15 @@ def find_images(paths: Sequence[str | os.PathLike], allow_urls: bool = False) ->
     return list(found.values()), failed
 
 
-def _expand(path: str) -> Iterator[str]:
-    """The path itself, or the pictures under it if it is a folder; links that lead back into the tree end there."""
+def walk_files(path: str, wanted: Callable[[str], bool]) -> Iterator[str]:
+    """The path itself, or the files under it if it is a folder, one after another, in sorted order.
+
+    Hidden files and folders are left out, and links that lead back into the tree end there.
+
+    Args:
+        path: of a file or a folder.
+        wanted: tells by its name whether a file under the folder is taken.
+    """
     if not os.path.isdir(path):
         yield path
         return
@@ -123,7 +132,7 @@ def _expand(path: str) -> Iterator[str]:
         real = os.path.realpath(folder)
         subfolders[:] = [] if real in seen else sorted(name for name in subfolders if not name.startswith("."))
         if real not in seen:
-            yield from (os.path.join(folder, name) for name in sorted(files) if _has_suffix(name))
+            yield from (os.path.join(folder, name) for name in sorted(files) if wanted(name))
         seen.add(real)
 
 
@@ -139,7 +148,8 @@ def _glob(pattern: str) -> list[str]:
     return [str(match) for match in shown if path.name != "**" or match.is_dir()]
 
 
-def _has_suffix(name: str) -> bool:
+def has_picture_suffix(name: str) -> bool:
+    """Whether the name of a file, without its folder, is not hidden and ends as one of the formats that are read."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _suffixes()
 
 
