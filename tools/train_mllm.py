@@ -379,7 +379,7 @@ def run(config: Config) -> dict[str, Any]:
     conversations = read_conversations(config.data, config.images)
     output = Path(config.output)
     checkpoint = _last_checkpoint(output, config)
-    arguments = _arguments(config)
+    arguments = _arguments(config, some_without=not all(one.images for one in conversations))
     set_seed(config.seed)
     model, processor = build_model(config)
     choose_trained(model, config)
@@ -420,7 +420,8 @@ def run(config: Config) -> dict[str, Any]:
     return result
 
 
-def _arguments(config: Config) -> TrainingArguments:
+def _arguments(config: Config, some_without: bool = False) -> TrainingArguments:
+    """What the trainer is told; with conversations without pictures a batch may leave the tower unused."""
     terminal = sys.stdout.isatty()
     arguments = TrainingArguments(
         output_dir=config.output,
@@ -445,7 +446,7 @@ def _arguments(config: Config) -> TrainingArguments:
         logging_first_step=True,
         report_to="tensorboard",
         disable_tqdm=not terminal,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=some_without,
     )
     parts = config.grad_accum * arguments.world_size
     if config.batch_size % parts:

@@ -38,7 +38,7 @@ class InProcess:
 @pytest.fixture(autouse=True, scope="module")
 def small():
     """Few drawings, small chunks, and no worker processes."""
-    sizes = {"VERSIONS": {"train": 2, "test": 1}, "CHUNK": 4, "DRAWN": 64, "EMPTY": 0.0}
+    sizes = {"VERSIONS": 2, "CHUNK": 4, "DRAWN": 64, "EMPTY": 0.0}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ProcessPoolExecutor": InProcess, **sizes}.items():
             patch.setattr(scenes, name, value)
@@ -149,7 +149,7 @@ def test_the_seed_decides_and_a_stopped_build_goes_on(root, built, tmp_path, mon
     chunk = scenes._build_chunk
 
     def stops(job):
-        if job[2]:
+        if job[3]:
             raise KeyboardInterrupt
         chunk(job)
 

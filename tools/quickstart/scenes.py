@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from itertools import count
 from multiprocessing import get_context
@@ -36,7 +37,7 @@ from zoo.files import write_bytes, write_text
 from zoo.tools.quickstart.attribution import attribution
 from zoo.tools.quickstart.backgrounds import BACKGROUNDS
 from zoo.tools.quickstart.packages import PACKAGES
-from zoo.tools.sprites import PLAIN, Composer, Draws, Recipe, load_sprites, paint_background, seed_of
+from zoo.tools.sprites import PLAIN, Composer, Draws, Recipe, Sprites, load_sprites, paint_background, seed_of
 
 # Clear things of one drawing each; slugs of the quickstart classes, sorted.
 _SLUGS = """
@@ -52,8 +53,8 @@ RECIPES = {
     "test": dataclasses.replace(PLAIN, geometry=0.5, flip=0.35),
 }
 DRAWN = 144  # pixels, side of a drawing before it is scaled into a scene
-VERSIONS = {"train": 64, "test": 16}  # drawings per category
 CHUNK = 50  # scenes that are made, kept or lost together
+VERSIONS = 8  # drawings per category for a chunk, which no other has
 
 SIDES = (250, 400)  # pixels, of scenes
 LENGTHS = (16, 200)  # pixels, the longer side of a drawing in a scene
@@ -160,11 +161,7 @@ def _build_split(
         (out / kind / split).mkdir(parents=True, exist_ok=True)
     parts = [scratch / f"{split}-{start:06d}.json" for start in range(0, scenes, CHUNK)]
     if missing := [number for number, part in enumerate(parts) if not part.exists()]:
-        drawings = scratch / f"{split}.npy"
-        if not drawings.exists():
-            draw = draw_versions(root / split, CATEGORIES, RECIPES[split], VERSIONS[split], DRAWN, seed)
-            write_bytes(drawings, npy(draw))
-        jobs = [(out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed) for number in missing]
+        jobs = [(root, out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed) for number in missing]
         console = Console(stderr=True)
         # Not forked: torch's threads do not survive that.
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
@@ -182,7 +179,7 @@ def draw_versions(
     folder: Path, slugs: Sequence[str], recipe: Recipe, versions: int, side: int, seed: int
 ) -> np.ndarray:
     """Drawings (slugs, versions, side, side, 4) uint8, colour premultiplied by alpha; the slugs are sorted."""
-    composer = Composer(load_sprites(folder, classes=slugs), side, seed, recipe)
+    composer = Composer(_sprites(folder, tuple(slugs)), side, seed, recipe)
     found = np.zeros((len(slugs), versions, side, side, 4), np.uint8)
     for version in range(versions):
         pixels, labels = composer.drawings(version, len(slugs))
@@ -190,12 +187,17 @@ def draw_versions(
     return found
 
 
-def _build_chunk(job: tuple[Path, str, int, int, int]) -> None:
+@lru_cache(maxsize=1)
+def _sprites(folder: Path, slugs: tuple[str, ...]) -> Sprites:
+    return load_sprites(folder, classes=slugs)
+
+
+def _build_chunk(job: tuple[Path, Path, str, int, int, int]) -> None:
     """In a worker process: the files of some scenes, and last of all their annotations."""
-    out, split, start, stop, seed = job
+    root, out, split, start, stop, seed = job
     torch.set_num_threads(1)
-    drawings = np.load(out / ".building" / f"{split}.npy", mmap_mode="r")
     key = seed_of(seed, SPLITS.index(split), start)
+    drawings = draw_versions(root / split, CATEGORIES, RECIPES[split], VERSIONS, DRAWN, key)
     backdrops = painted(key, stop - start, SIDES[1])
     records = []
     for number, backdrop in zip(range(start, stop), backdrops):
