@@ -54,7 +54,10 @@ def run_ray(recipe: Recipe, chunks: Iterator[Chunk], workers: int, schema: Any, 
     ours = not ray.is_initialized()
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises just that where a machine is too busy to start it in time
+            raise RuntimeError(f"Ray does not start: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # and has no other way to bound retries
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -11,6 +11,9 @@ window.zoo = (() => {
     if (!file) return;
     picture = file;
     forget();
+    const chosen = new DataTransfer(); // the input names what is shown, also when it came from elsewhere
+    chosen.items.add(file);
+    element.querySelector(".zoo-drop input").files = chosen.files;
     const shown = element.querySelector(".zoo-drop img");
     URL.revokeObjectURL(shown.src);
     shown.src = URL.createObjectURL(file);

@@ -282,6 +282,7 @@ def call(gate, receive):
 
 def test_an_upload_that_stands_still(monkeypatch):
     monkeypatch.setattr("zoo.serve.gate.PATIENCE", 0.1)
+    monkeypatch.setattr("zoo.serve.gate.LINGER", 0.1)
 
     async def app(scope, receive, send):
         raise AssertionError("it was let in")
