@@ -13,9 +13,38 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CHOICES = ("auto", "triton", "torch")
 MIN_CAPABILITY = 7  # of an NVIDIA GPU, for Triton
+MAX_PLANS = 1024
+PLANS: dict[tuple, Callable] = {}
+
+
+def planned(plan: Callable[..., Callable]) -> Callable:
+    """A function that checks and chooses once for all arguments alike: that takes longer than to launch a kernel.
+
+    Arguments are alike if they differ in nothing but the numbers in their tensors and where these lie, aligned to 16
+    bytes alike.
+
+    Args:
+        plan: from the arguments to a function of arguments like them.
+    """
+
+    def compute(*arguments: Any) -> Any:
+        kinds = [
+            (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x
+            for x in arguments
+        ]
+        key = (plan, os.environ.get("ZOO_KERNELS"), *kinds)
+        run = PLANS.get(key)
+        if run is None:
+            if len(PLANS) >= MAX_PLANS:
+                PLANS.clear()
+            run = PLANS[key] = plan(*arguments)
+        return run(*arguments)
+
+    return compute
 
 
 def select_backend(op: str, backends: Mapping[str, Callable], device: torch.device) -> Callable:
@@ -43,26 +72,48 @@ def select_backend(op: str, backends: Mapping[str, Callable], device: torch.devi
     return backends["torch" if obstacle else "triton"]
 
 
-def triton_backend(module: str, function: str, fallback: Callable) -> Callable:
-    """A function of a module with Triton kernels, which is imported when it runs: not every platform has Triton.
+def planned_once(plan: Callable[..., Callable]) -> Callable:
+    """As ``planned``, of a function whose arguments are all like those of its first call."""
+    run = None
 
-    Where Triton gives up (a GPU it does not know, too little shared memory), the fallback computes, with a warning;
-    not if the user asked for Triton.
+    def compute(*arguments: Any) -> Any:
+        nonlocal run
+        if run is None:
+            run = plan(*arguments)
+        return run(*arguments)
+
+    return compute
+
+
+def triton_backend(module: str, plan: str, fallback: Callable) -> Callable:
+    """A function of arguments like those of its first call, which a module with Triton kernels plans.
+
+    The module is imported then: not every platform has Triton. Where Triton gives up (a GPU it does not know, too
+    little shared memory), the fallback computes, with a warning; not if the user asked for Triton.
+
+    Args:
+        module: its name.
+        plan: name of a function there, from the arguments to a function of arguments like them.
+        fallback: the same on PyTorch's operators.
     """
+    run = planned_once(lambda *arguments: getattr(importlib.import_module(module), plan)(*arguments))
 
-    def run(*arguments: Any) -> Any:
-        from triton.errors import TritonError
-
+    def compute(first: Tensor, *rest: Any) -> Any:
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():  # which is where Triton launches
+            with torch.cuda.device(first.device):
+                return compute(first, *rest)
         try:
-            return getattr(importlib.import_module(module), function)(*arguments)
-        except TritonError as error:
-            if triton_asked_for():
+            return run(first, *rest)
+        except Exception as error:
+            from triton.errors import TritonError
+
+            if triton_asked_for() or not isinstance(error, TritonError):
                 raise
             reason = str(error).splitlines()[-1]
             warnings.warn(f"{module} computes with PyTorch, because Triton cannot here: {reason}", stacklevel=2)
-            return fallback(*arguments)
+            return fallback(first, *rest)
 
-    return run
+    return compute
 
 
 def triton_asked_for() -> bool:

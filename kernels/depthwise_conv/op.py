@@ -8,8 +8,8 @@ from torch import Tensor
 
 from zoo.kernels.depthwise_conv import torch_backend
 from zoo.kernels.depthwise_conv.reference import ACTIVATIONS
-from zoo.kernels.dispatch import select_backend, triton_backend
-from zoo.kernels.library import check_float, check_shape, register_gradient, register_op
+from zoo.kernels.dispatch import planned, select_backend, triton_backend
+from zoo.kernels.library import check_float, check_shape, register_op
 
 NAME = "depthwise_conv2d"
 
@@ -80,32 +80,31 @@ def check(
     check_shape(NAME, "gate", gate, _out_shape(x, stride), "(B, ceil(H / stride), ceil(W / stride), C)")
 
 
-def compute(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, *settings: Any) -> Tensor:
+@planned
+def compute(x: Tensor, *arguments: Any) -> Callable:
     """The forward pass on the backend for the device of x."""
-    check(x, weight, bias, stride, *settings)
-    if x.numel() == 0:
-        return x.new_empty(_out_shape(x, stride))
-    return _backend(x, "forward")(x, weight, bias, stride, *settings)
+    check(x, *arguments)
+    return _fake if x.numel() == 0 else _backend(x, "forward")
 
 
-def compute_epilogue_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+@planned
+def compute_epilogue_backward(grad: Tensor, x: Tensor, *_: Any) -> Callable:
     """Gradients of what enters the activation and of the gate, on the backend for the device of x."""
-    if x.numel() == 0:
-        return _fake_epilogue_backward(grad, x, *arguments)
-    return _backend(x, "epilogue_backward")(grad, x, *arguments)
+    return _fake_epilogue_backward if x.numel() == 0 else _backend(x, "epilogue_backward")
 
 
-def compute_backward(grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+@planned
+def compute_backward(grad: Tensor, x: Tensor, *_: Any) -> Callable:
     """The backward pass of the convolution alone, on the backend for the device of x."""
     if x.numel() == 0:
-        return tuple(tensor.zero_() for tensor in _fake_backward(grad, x, weight, *settings))
-    return _backend(x, "backward")(grad, x, weight, *settings)
+        return lambda *arguments: tuple(tensor.zero_() for tensor in _fake_backward(*arguments))
+    return _backend(x, "backward")
 
 
 def _backend(x: Tensor, function: str) -> Callable:
     backends = {"torch": getattr(torch_backend, function)}
     if x.dtype != torch.float64:
-        backends["triton"] = triton_backend("zoo.kernels.depthwise_conv.triton", function, backends["torch"])
+        backends["triton"] = triton_backend("zoo.kernels.depthwise_conv.triton", f"plan_{function}", backends["torch"])
     return select_backend(NAME, backends, x.device)
 
 
@@ -168,7 +167,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 
 _CONVOLUTION = "int stride, int dilation, bool residual"
 _ARGUMENTS = f"Tensor x, Tensor weight, Tensor? bias, {_CONVOLUTION}, str activation, Tensor? gate"
-_name = register_op(f"{NAME}({_ARGUMENTS}) -> Tensor", compute, _fake, flops)
+register_op(f"{NAME}({_ARGUMENTS}) -> Tensor", compute, _fake, flops, _backward, _setup_context)
 register_op(
     f"{NAME}_epilogue_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
     compute_epilogue_backward,
@@ -181,4 +180,3 @@ register_op(
     _fake_backward,
     _flops_backward,
 )
-register_gradient(_name, _backward, _setup_context)

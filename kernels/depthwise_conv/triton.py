@@ -21,11 +21,16 @@ out, with zeros between (``SPREAD``). No argument that depends on the size of th
 new resolution does not compile again.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zoo.kernels.launch import Launch, with_unit_channels
 
 PROGRAMS = 1056  # at least as many, if the rows allow: 8 for each of the 132 multiprocessors of a large GPU
 PARTS = 528  # programs of the weight gradient; each writes its sums
@@ -377,69 +382,93 @@ def _lanes(width: int, dilation: int, shape: dict[str, int]) -> int:
     return triton.cdiv(triton.cdiv(width, shape["SPAN"] * dilation) * dilation, shape["COLUMNS"])
 
 
-def _unit(x: Tensor | None) -> Tensor | None:
-    """The tensor with neighbouring channels neighbouring in memory, as the kernels need."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _align(*tensors: Tensor) -> int:
     """What divides all strides, in elements. Kernels get them divided by it, and so know how wide loads may be."""
     return 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:3]) else 1
 
 
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    size: tuple[int, int],
-    stride: int = 1,
-    dilation: int = 1,
-    residual: bool = False,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    grad: Tensor | None = None,
-    flip: bool = False,
-    spread: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The result, and with ``grad`` the gradients of what enters the activation and of the gate.
+class _Convolution:
+    """A convolution of arguments like these, or its epilogue backward.
 
     ``size`` is that of the map of x, which is larger than x itself if its tokens are spread out.
     """
-    x, gate, grad = _unit(x), _unit(gate), _unit(grad)
-    batch, _, _, channels = x.shape
-    kernel = weight.shape[-1]
-    height, width = (-(-side // stride) for side in size)
-    y = x.new_empty(batch, height, width, channels)
-    d_gate = y if gate is None or grad is None else torch.empty(y.shape, device=y.device, dtype=gate.dtype)
-    large = kernel > REGISTER_SIZE
-    plain = activation == "none" and gate is None
-    shape = _shape("large" if large else "conv" if plain else "epilogue", kernel, stride, x)
-    blocks_c = triton.cdiv(channels, shape["CHANNELS"])
-    others = batch * blocks_c * _lanes(width, dilation, shape)
-    taps = weight[:, 0].permute(1, 2, 0).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    if large:
-        above = stride * (shape["ROWS"] - 1)
-        taps = taps.flip(0, 1) if flip else taps
-        taps[kernel // 2, kernel // 2] += residual
-        taps = F.pad(taps, (0, blocks_c * shape["CHANNELS"] - channels, 0, 0, above, above))
-        taps = taps.unflatten(2, (blocks_c, -1)).permute(2, 0, 1, 3).contiguous()
-        rows, sizes, ways = shape["ROWS"], (), {}
-    else:
-        rows = _rows(shape, height, dilation, others)
-        sizes, ways = (rows,), {"FLIP": flip, "RESIDUAL": residual}
-    views = [x if view is None else view for view in (x, gate, grad)]
-    align = _align(*views)
-    strides = [stride // align for view in views for stride in view.stride()[:3]]
-    (_conv_large if large else _conv)[(others * triton.cdiv(height, rows * dilation) * dilation,)](
-        x, taps, x if bias is None else bias, *views[1:], y, d_gate, *strides,
-        *size, channels, height, width, *sizes,
-        K=kernel, STRIDE=stride, DILATION=dilation, SPREAD=spread, ALIGN=align, BIAS=bias is not None,
-        ACTIVATION=activation, GATE=gate is not None, BACKWARD=grad is not None, **ways, **shape,
-    )  # fmt: skip
-    return y, d_gate
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        size: tuple[int, int],
+        stride: int = 1,
+        dilation: int = 1,
+        residual: bool = False,
+        activation: str = "none",
+        gate: Tensor | None = None,
+        grad: Tensor | None = None,
+        flip: bool = False,
+        spread: int = 1,
+    ) -> None:
+        batch, _, _, channels = x.shape
+        kernel = weight.shape[-1]
+        height, width = (-(-side // stride) for side in size)
+        self.shape, self.flip, self.residual = (batch, height, width, channels), flip, residual
+        self.large = kernel > REGISTER_SIZE
+        plain = activation == "none" and gate is None
+        shape = _shape("large" if self.large else "conv" if plain else "epilogue", kernel, stride, x)
+        self.blocks_c, self.block = triton.cdiv(channels, shape["CHANNELS"]), shape["CHANNELS"]
+        others = batch * self.blocks_c * _lanes(width, dilation, shape)
+        if self.large:
+            rows, sizes, ways = shape["ROWS"], (), {}
+            self.above = stride * (rows - 1)
+        else:
+            rows = _rows(shape, height, dilation, others)
+            sizes, ways = (rows,), {"FLIP": flip, "RESIDUAL": residual}
+        views = [x if view is None else view for view in (x, gate, grad)]
+        align = _align(*views)
+        strides = [stride // align for view in views for stride in view.stride()[:3]]
+        self.launch = Launch(
+            _conv_large if self.large else _conv, (others * triton.cdiv(height, rows * dilation) * dilation,),
+            (*strides, *size, channels, height, width, *sizes),
+            {
+                "K": kernel, "STRIDE": stride, "DILATION": dilation, "SPREAD": spread, "ALIGN": align,
+                "BIAS": bias is not None, "ACTIVATION": activation, "GATE": gate is not None,
+                "BACKWARD": grad is not None, **ways, **shape,
+            },
+            x.device,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+        grad: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The result, and with ``grad`` the gradients of what enters the activation and of the gate."""
+        y = x.new_empty(self.shape)
+        d_gate = y if gate is None or grad is None else gate.new_empty(self.shape)
+        taps = self.taps(weight)
+        self.launch(
+            x, taps, x if bias is None else bias, x if gate is None else gate, x if grad is None else grad, y, d_gate
+        )
+        return y, d_gate
+
+    def taps(self, weight: Tensor) -> Tensor:
+        """The taps in float32 as the kernel reads them."""
+        taps = weight.permute(2, 3, 0, 1).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if not self.large:
+            return taps
+        taps, middle = taps.squeeze(-1), weight.shape[-1] // 2
+        taps = taps.flip(0, 1) if self.flip else taps
+        taps[middle, middle] += self.residual
+        padding = self.blocks_c * self.block - self.shape[-1]
+        taps = F.pad(taps, (0, padding, 0, 0, self.above, self.above))
+        return taps.unflatten(2, (self.blocks_c, -1)).permute(2, 0, 1, 3).contiguous()
 
 
-def forward(
+@with_unit_channels
+def plan_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -448,12 +477,27 @@ def forward(
     residual: bool,
     activation: str = "none",
     gate: Tensor | None = None,
-) -> Tensor:
-    """As ``depthwise_conv2d``."""
-    return _convolve(x, weight, bias, x.shape[1:3], stride, dilation, residual, activation, gate)[0]
+) -> Callable[..., Tensor]:
+    """A function of arguments like these, as ``depthwise_conv2d``."""
+    convolve = _Convolution(x, weight, bias, x.shape[1:3], stride, dilation, residual, activation, gate)
+
+    def run(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        dilation: int,
+        residual: bool,
+        activation: str = "none",
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        return convolve(x, weight, bias, gate)[0]
+
+    return run
 
 
-def epilogue_backward(
+@with_unit_channels
+def plan_epilogue_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -463,18 +507,30 @@ def epilogue_backward(
     residual: bool,
     activation: str,
     gate: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of what enters the activation, computed again, and of the gate; the latter is empty without a gate."""
-    d_total, d_gate = _convolve(x, weight, bias, x.shape[1:3], stride, dilation, residual, activation, gate, grad)
-    return d_total, x.new_empty(0) if gate is None else d_gate
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of arguments like these: gradients of what enters the activation, computed again, and of the gate.
+
+    The latter is empty without a gate.
+    """
+    convolve = _Convolution(x, weight, bias, x.shape[1:3], stride, dilation, residual, activation, gate, grad)
+
+    def run(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        gate = rest[-1]
+        d_total, d_gate = convolve(x, weight, bias, gate, grad)
+        return d_total, x.new_empty(0) if gate is None else d_gate
+
+    return run
 
 
-def backward(
+@with_unit_channels
+def plan_backward(
     grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: int, dilation: int, residual: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias of the convolution alone; the last is empty without a bias."""
-    grad, x = _unit(grad), _unit(x)
-    grad_x, _ = _convolve(grad, weight, None, x.shape[1:3], 1, dilation, residual, flip=True, spread=stride)
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A function of arguments like these: gradients of x, weight and bias of the convolution alone.
+
+    The last is empty without a bias.
+    """
+    convolve = _Convolution(grad, weight, None, x.shape[1:3], 1, dilation, residual, flip=True, spread=stride)
     batch, height, width, channels = grad.shape
     size = weight.shape[-1]
     shape = _shape("weight", size, stride, x)
@@ -485,12 +541,18 @@ def backward(
     tiles = batch * lanes * triton.cdiv(height, rows * dilation) * dilation
     parts = min(tiles, max(1, PARTS // programs))
     align = _align(grad, x)
-    strides = [stride // align for view in (grad, x) for stride in view.stride()[:3]]
-    part = torch.empty(parts, size * size + 1, channels, device=x.device, dtype=torch.float32)
-    _conv_weight[(programs, parts)](
-        grad, x, part, *strides, tiles, rows, *x.shape[1:3], channels, height, width,
-        K=size, STRIDE=stride, DILATION=dilation, ALIGN=align, **shape,
+    launch = Launch(
+        _conv_weight, (programs, parts), (tiles, rows, *x.shape[1:3], channels, height, width),
+        {"K": size, "STRIDE": stride, "DILATION": dilation, "ALIGN": align, **shape},
+        x.device, strided=2, unit=align,
     )  # fmt: skip
-    sums = part.sum(0)
-    grad_weight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)
-    return grad_x, grad_weight, sums[-1].to(weight.dtype) if has_bias else weight.new_empty(0)
+
+    def run(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        grad_x, _ = convolve(grad, weight)
+        part = torch.empty(parts, size * size + 1, channels, device=x.device, dtype=torch.float32)
+        launch(grad, x, part)
+        sums = part.sum(0)
+        grad_weight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)
+        return grad_x, grad_weight, sums[-1].to(weight.dtype) if has_bias else weight.new_empty(0)
+
+    return run

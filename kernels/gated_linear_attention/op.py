@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend, triton_backend
+from zoo.kernels.dispatch import planned, select_backend, triton_backend
 from zoo.kernels.gated_linear_attention import torch_backend
-from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_gradient, register_op
+from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_op
 
 CAUSAL, BOTH = "gated_linear_attention", "bidirectional_gated_linear_attention"
 MAX_HEAD_DIM, MAX_VALUE_DIM = 256, 512
@@ -95,65 +95,63 @@ def check(name: str, q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -
         )
 
 
+@planned
 def compute(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
+) -> Callable:
     """The forward pass in order, on the backend for the device of q."""
-    out, state = _fake(q, k, v, log_decay, initial_state, scale)
-    if out.numel() == 0:
-        return out, state.zero_() if initial_state is None else state.copy_(initial_state)
-    backend = select_backend(CAUSAL, _backends(q, "forward"), q.device)
-    return backend(q, k, v, log_decay, initial_state, _scale(q, scale))
+    check(CAUSAL, q, k, v, log_decay=log_decay, initial_state=initial_state)
+    return _of_nothing if v.numel() == 0 else _scaled(select_backend(CAUSAL, _backends(q, "forward"), q.device), q)
 
 
-def compute_backward(
-    grad: Tensor,
-    grad_state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    initial_state: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@planned
+def compute_backward(grad: Tensor, grad_state: Tensor, q: Tensor, *_: Any) -> Callable:
     """The backward pass in order, on the backend for the device of q."""
     if grad.numel() == 0:
-        *rest, state = _fake_backward(grad, grad_state, q, k, v, log_decay, initial_state, scale)
-        return *(x.zero_() for x in rest), state.copy_(grad_state)
-    backend = select_backend(f"{CAUSAL}_backward", _backends(q, "backward"), q.device)
-    return backend(grad, grad_state, q, k, v, log_decay, initial_state, _scale(q, scale))
+        return _backward_of_nothing
+    return _scaled(select_backend(f"{CAUSAL}_backward", _backends(q, "backward"), q.device), q)
 
 
+@planned
 def compute_both(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_decay_reverse: Tensor, scale: float | None
-) -> Tensor:
+) -> Callable:
     """The forward pass in both directions, on the backend for the device of q."""
-    out = _fake_both(q, k, v, log_decay, log_decay_reverse, scale)
-    if out.numel() == 0:
-        return out
-    backend = select_backend(BOTH, _backends(q, "forward_both"), q.device)
-    return backend(q, k, v, log_decay, log_decay_reverse, _scale(q, scale))
+    check(BOTH, q, k, v, log_decay=log_decay, log_decay_reverse=log_decay_reverse)
+    return _fake_both if v.numel() == 0 else _scaled(select_backend(BOTH, _backends(q, "forward_both"), q.device), q)
 
 
-def compute_both_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_decay_reverse: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@planned
+def compute_both_backward(grad: Tensor, q: Tensor, *_: Any) -> Callable:
     """The backward pass in both directions, on the backend for the device of q."""
     if grad.numel() == 0:
-        return tuple(x.zero_() for x in _fake_both_backward(grad, q, k, v, log_decay, log_decay_reverse, scale))
-    backend = select_backend(f"{BOTH}_backward", _backends(q, "backward_both"), q.device)
-    return backend(grad, q, k, v, log_decay, log_decay_reverse, _scale(q, scale))
+        return lambda *arguments: tuple(x.zero_() for x in _fake_both_backward(*arguments))
+    return _scaled(select_backend(f"{BOTH}_backward", _backends(q, "backward_both"), q.device), q)
+
+
+def _scaled(backend: Callable, q: Tensor) -> Callable:
+    """A backend that takes None for the scale, its last argument."""
+    default = q.shape[-1] ** -0.5
+    return lambda *arguments: backend(*arguments[:-1], default if arguments[-1] is None else arguments[-1])
+
+
+def _of_nothing(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (out, state), initial_state = _fake(*arguments), arguments[-2]
+    return out, state.zero_() if initial_state is None else state.copy_(initial_state)
+
+
+def _backward_of_nothing(grad: Tensor, grad_state: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *others, state = _fake_backward(grad, grad_state, *rest)
+    return *(x.zero_() for x in others), state.copy_(grad_state)
 
 
 def _backends(q: Tensor, function: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, function)}
     if q.dtype != torch.float64:
-        backends["triton"] = triton_backend("zoo.kernels.gated_linear_attention.triton", function, backends["torch"])
+        backends["triton"] = triton_backend(
+            "zoo.kernels.gated_linear_attention.triton", f"plan_{function}", backends["torch"]
+        )
     return backends
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _fake(
@@ -222,8 +220,8 @@ def _backward_both(ctx: Any, grad: Tensor) -> tuple:
 _QKV = "Tensor q, Tensor k, Tensor v, Tensor log_decay"
 _CAUSAL, _BOTH = f"{_QKV}, Tensor? initial_state, float? scale", f"{_QKV}, Tensor log_decay_reverse, float? scale"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_causal = register_op(f"{CAUSAL}({_CAUSAL}) -> (Tensor, Tensor)", compute, _fake, flops)
-_both = register_op(f"{BOTH}({_BOTH}) -> Tensor", compute_both, _fake_both, flops_both)
+register_op(f"{CAUSAL}({_CAUSAL}) -> (Tensor, Tensor)", compute, _fake, flops, _backward, _setup_context)
+register_op(f"{BOTH}({_BOTH}) -> Tensor", compute_both, _fake_both, flops_both, _backward_both, _setup_context)
 register_op(
     f"{CAUSAL}_backward(Tensor grad, Tensor grad_state, {_CAUSAL}) -> {_FIVE}",
     compute_backward,
@@ -236,5 +234,3 @@ register_op(
     _fake_both_backward,
     flops_both_backward,
 )
-register_gradient(_causal, _backward, _setup_context)
-register_gradient(_both, _backward_both, _setup_context)

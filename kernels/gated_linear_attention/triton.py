@@ -19,11 +19,15 @@ level by level, as ``torch_backend.py`` describes.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from zoo.kernels.launch import Launch, with_unit_channels
 
 PROGRAMS = 1024  # a few for each multiprocessor of a large GPU
 LITTLE = tl.constexpr(-30.0)  # a sum of log decays from which on exp(-sum) is safe, and as exact as exp(sum)
@@ -389,63 +393,70 @@ class _Plan:
         }  # fmt: skip
         self.levels = self.C.bit_length() - 1
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.N, self.heads, self.chunks, self.segments, self.length, self.levels, self.directions
+        self.sizes = (self.N, self.heads, self.chunks, self.segments, self.length, self.levels, self.directions)
 
-    def steps(self, *tensors: Tensor) -> list[int]:
-        return [step // self.unit for x in tensors for step in x.stride()[:3]]
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], strided: int, scale: float | None = None, **constants: Any
+    ) -> Launch:
+        """A kernel whose first tensors are strided."""
+        numbers = (*self.sizes, self.scale if scale is None else scale)
+        return Launch(kernel, grid, numbers, {**self.constants, **constants}, self.device, strided, self.unit)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(self.directions, self.count, *shape, device=self.device, dtype=dtype)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """The tensor with neighbouring channels neighbouring in memory, as the kernels need."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+class _Walk:
+    """The states that enter each chunk, or their gradients, for arguments alike."""
+
+    def __init__(self, plan: _Plan, first: Tensor | None, gradient: bool) -> None:
+        self.plan = plan
+        # Sums are float32 throughout; where products are of bfloat16 numbers, these are only rounded earlier.
+        self.factor = torch.bfloat16 if plan.constants["DOT"] == 0 else torch.float32
+        grid = plan.count * plan.segments, plan.directions, plan.tiles
+        scale = plan.scale if gradient else 1.0
+        self.states = plan.launch(_states, grid, 4, scale, GRADIENT=gradient, FIRST=first is not None)
+        grid = plan.count, plan.directions, plan.PD * plan.PE // 64
+        constants = {"GRADIENT": gradient, "PD": plan.PD, "PE": plan.PE, "ROWS": AT_ONCE, "BLOCK": 64}
+        self.join = Launch(_join, grid, (plan.segments,), constants, plan.device)
+
+    def __call__(
+        self, x: Tensor, y: Tensor, f: Tensor, b: Tensor, first: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """What ``_entering`` takes, and the last state (directions, B H, PD, PE)."""
+        plan = self.plan
+        states = plan.empty(plan.chunks, plan.PD, plan.PE, dtype=self.factor)
+        ends = plan.empty(plan.segments, plan.PD, plan.PE)
+        decays, totals = (plan.empty(n, plan.PD) for n in (plan.chunks, plan.segments))
+        self.states(x, y, f, b, x if first is None else first.contiguous(), states, decays, ends, totals)
+        if plan.segments == 1:
+            return (states, decays, ends), ends[:, :, 0]
+        starts, last = torch.empty_like(ends), plan.empty(plan.PD, plan.PE)
+        self.join(ends, totals, starts, last)
+        return (states, decays, starts), last
 
 
-def _walk(
-    plan: _Plan, x: Tensor, y: Tensor, f: Tensor, b: Tensor, first: Tensor | None, gradient: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """What ``_entering`` takes, and the last state (directions, B H, PD, PE)."""
-    # Sums are float32 throughout; where products are of bfloat16 numbers, these are only rounded earlier.
-    factor = torch.bfloat16 if plan.constants["DOT"] == 0 else torch.float32
-    states = plan.empty(plan.chunks, plan.PD, plan.PE, dtype=factor)
-    ends = plan.empty(plan.segments, plan.PD, plan.PE)
-    decays, totals = (plan.empty(n, plan.PD) for n in (plan.chunks, plan.segments))
-    _states[(plan.count * plan.segments, plan.directions, plan.tiles)](
-        x, y, f, b, x if first is None else first.contiguous(), states, decays, ends, totals,
-        *plan.steps(x, y, f, b), *plan.sizes, plan.scale if gradient else 1.0,
-        GRADIENT=gradient, FIRST=first is not None, **plan.constants,
-    )  # fmt: skip
-    if plan.segments == 1:
-        return (states, decays, ends), ends[:, :, 0]
-    starts, last = torch.empty_like(ends), plan.empty(plan.PD, plan.PE)
-    _join[(plan.count, plan.directions, plan.PD * plan.PE // 64)](
-        ends, totals, starts, last, plan.segments,
-        GRADIENT=gradient, PD=plan.PD, PE=plan.PE, ROWS=AT_ONCE, BLOCK=64,
-    )  # fmt: skip
-    return (states, decays, starts), last
-
-
-def _run(
+def _plan_forward(
     q: Tensor, k: Tensor, v: Tensor, f: Tensor, b: Tensor | None, first: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """o and the last state (B, H, D, E)."""
-    both = b is not None
-    q, k, v, f, b = (_unit(x) for x in (q, k, v, f, b if both else f))
-    plan = _Plan(q, k, v, f, b, both=both, scale=scale)
-    entering, last = _walk(plan, k, v, f, b, first, gradient=False)
-    out = q.new_empty(v.shape)
-    _read[(plan.count * plan.blocks, plan.PE // plan.BE)](
-        q, k, v, f, b, *entering, out, *plan.steps(q, k, v, f, b), *plan.sizes, scale,
-        GRADIENT=False, **plan.constants,
-    )  # fmt: skip
-    return out, _cropped(last, q, v)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of q, k, v, f, b and the first state, alike: o, and the last state as ``_Walk`` gives it."""
+    plan = _Plan(q, k, v, f, f if b is None else b, both=b is not None, scale=scale)
+    walk = _Walk(plan, first, gradient=False)
+    read = plan.launch(_read, (plan.count * plan.blocks, plan.PE // plan.BE), 5, GRADIENT=False)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, f: Tensor, b: Tensor | None, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        b = f if b is None else b
+        entering, last = walk(k, v, f, b, first)
+        out = q.new_empty(v.shape)
+        read(q, k, v, f, b, *entering, out)
+        return out, last
+
+    return run
 
 
-def _run_backward(
+def _plan_backward(
     grad: Tensor,
     d_last: Tensor | None,
     q: Tensor,
@@ -455,23 +466,32 @@ def _run_backward(
     b: Tensor | None,
     first: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, f, b and the first state."""
-    both = b is not None
-    grad, q, k, v, f, b = (_unit(x) for x in (grad, q, k, v, f, b if both else f))
-    plan = _Plan(q, k, v, f, b, grad, both=both, scale=scale)
-    entering, _ = _walk(plan, k, v, f, b, first, gradient=False)
-    d_entering, d_first = _walk(plan, q, grad, f, b, d_last, gradient=True)
-    d_q, d_k, d_v, d_f, d_b = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v, f, b))
-    _read[(plan.count * plan.blocks, plan.PE // plan.BE)](
-        q, k, grad, f, b, *d_entering, d_v, *plan.steps(q, k, grad, f, b), *plan.sizes, scale,
-        GRADIENT=True, **plan.constants,
-    )  # fmt: skip
-    _backward[(plan.count * plan.blocks, plan.PD // plan.BD)](
-        grad, q, k, v, f, b, *entering, *d_entering, d_q, d_k, d_f, d_b,
-        *plan.steps(grad, q, k, v, f, b), *plan.sizes, scale, **{**plan.constants, "BE": min(plan.BE, 32)},
-    )  # fmt: skip
-    return d_q, d_k, d_v, d_f, d_b, _cropped(d_first, q, v)
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """A function of such arguments without the scale: gradients of q, k, v, f, b and the first state."""
+    plan = _Plan(q, k, v, f, f if b is None else b, grad, both=b is not None, scale=scale)
+    walk, walk_back = _Walk(plan, first, gradient=False), _Walk(plan, d_last, gradient=True)
+    read = plan.launch(_read, (plan.count * plan.blocks, plan.PE // plan.BE), 5, GRADIENT=True)
+    pairs = plan.launch(_backward, (plan.count * plan.blocks, plan.PD // plan.BD), 6, BE=min(plan.BE, 32))
+
+    def run(
+        grad: Tensor,
+        d_last: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        f: Tensor,
+        b: Tensor | None,
+        first: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        b = f if b is None else b
+        entering, _ = walk(k, v, f, b, first)
+        d_entering, d_first = walk_back(q, grad, f, b, d_last)
+        d_q, d_k, d_v, d_f, d_b = (x.new_empty(x.shape) for x in (q, k, v, f, b))
+        read(q, k, grad, f, b, *d_entering, d_v)
+        pairs(grad, q, k, v, f, b, *entering, *d_entering, d_q, d_k, d_f, d_b)
+        return d_q, d_k, d_v, d_f, d_b, d_first
+
+    return run
 
 
 def _cropped(state: Tensor, q: Tensor, v: Tensor) -> Tensor:
@@ -479,19 +499,33 @@ def _cropped(state: Tensor, q: Tensor, v: Tensor) -> Tensor:
     return state[0].unflatten(0, (q.shape[0], q.shape[2]))[..., : q.shape[3], : v.shape[3]].contiguous()
 
 
-def forward(
+@with_unit_channels
+def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """As ``gated_linear_attention``."""
-    return _run(q, k, v, log_decay, None, initial_state, scale)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of arguments like these, as ``gated_linear_attention``."""
+    run_all = _plan_forward(q, k, v, log_decay, None, initial_state, scale)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, last = run_all(q, k, v, log_decay, None, initial_state)
+        return out, _cropped(last, q, v)
+
+    return run
 
 
-def forward_both(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_decay_reverse: Tensor, scale: float) -> Tensor:
-    """As ``bidirectional_gated_linear_attention``."""
-    return _run(q, k, v, log_decay, log_decay_reverse, None, scale)[0]
+@with_unit_channels
+def plan_forward_both(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_decay_reverse: Tensor, scale: float
+) -> Callable[..., Tensor]:
+    """A function of arguments like these, as ``bidirectional_gated_linear_attention``."""
+    run_all = _plan_forward(q, k, v, log_decay, log_decay_reverse, None, scale)
+    return lambda *arguments: run_all(*arguments[:5], None)[0]
 
 
-def backward(
+@with_unit_channels
+def plan_backward(
     grad: Tensor,
     d_state: Tensor,
     q: Tensor,
@@ -500,14 +534,30 @@ def backward(
     log_decay: Tensor,
     initial_state: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state."""
-    d_q, d_k, d_v, d_f, _, d_first = _run_backward(grad, d_state, q, k, v, log_decay, None, initial_state, scale)
-    return d_q, d_k, d_v, d_f, d_first
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """A function of arguments like these: gradients of q, k, v, log_decay and the initial state."""
+    run_all = _plan_backward(grad, d_state, q, k, v, log_decay, None, initial_state, scale)
+
+    def run(
+        grad: Tensor,
+        d_state: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        initial_state: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        d_q, d_k, d_v, d_f, _, d_first = run_all(grad, d_state, q, k, v, log_decay, None, initial_state)
+        return d_q, d_k, d_v, d_f, _cropped(d_first, q, v)
+
+    return run
 
 
-def backward_both(
+@with_unit_channels
+def plan_backward_both(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, log_decay_reverse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of both decays."""
-    return _run_backward(grad, None, q, k, v, log_decay, log_decay_reverse, None, scale)[:5]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """A function of arguments like these: gradients of q, k, v and of both decays."""
+    run_all = _plan_backward(grad, None, q, k, v, log_decay, log_decay_reverse, None, scale)
+    return lambda grad, *arguments: run_all(grad, None, *arguments[:5], None)[:5]

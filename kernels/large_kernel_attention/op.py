@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend, triton_backend
+from zoo.kernels.dispatch import planned, select_backend, triton_backend
 from zoo.kernels.large_kernel_attention import torch_backend
-from zoo.kernels.library import check_float, check_shape, register_gradient, register_op
+from zoo.kernels.library import check_float, check_shape, register_op
 
 NAME = "large_kernel_attention"
 
@@ -67,25 +67,27 @@ def check(x: Tensor, *parameters: Any) -> None:
         raise ValueError(f"{NAME}: dilation is {parameters[6]}, expected at least 1.")
 
 
-def compute(x: Tensor, *parameters: Any) -> Tensor:
+@planned
+def compute(x: Tensor, *parameters: Any) -> Callable:
     """The forward pass on the backend for the device of x."""
     check(x, *parameters)
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _backend(x, "forward")(x, *parameters)
+    return _fake if x.numel() == 0 else _backend(x, "forward")
 
 
-def compute_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+@planned
+def compute_backward(grad: Tensor, x: Tensor, *_: Any) -> Callable:
     """The backward pass on the backend for the device of x."""
     if grad.numel() == 0:
-        return tuple(tensor.zero_() for tensor in _fake_backward(grad, *inputs))
-    return _backend(inputs[0], "backward")(grad, *inputs)
+        return lambda *arguments: tuple(tensor.zero_() for tensor in _fake_backward(*arguments))
+    return _backend(x, "backward")
 
 
 def _backend(x: Tensor, function: str) -> Callable:
     backends = {"torch": getattr(torch_backend, function)}
     if x.dtype != torch.float64:
-        backends["triton"] = triton_backend("zoo.kernels.large_kernel_attention.triton", function, backends["torch"])
+        backends["triton"] = triton_backend(
+            "zoo.kernels.large_kernel_attention.triton", f"plan_{function}", backends["torch"]
+        )
     return select_backend(NAME, backends, x.device)
 
 
@@ -123,11 +125,10 @@ _ARGUMENTS = (
     "Tensor x, Tensor local_weight, Tensor? local_bias, Tensor dilated_weight, Tensor? dilated_bias, "
     "Tensor mix_weight, Tensor? mix_bias, int dilation"
 )
-_name = register_op(f"{NAME}({_ARGUMENTS}) -> Tensor", compute, _fake, flops)
+register_op(f"{NAME}({_ARGUMENTS}) -> Tensor", compute, _fake, flops, _backward, _setup_context)
 register_op(
     f"{NAME}_backward(Tensor grad, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 7)})",
     compute_backward,
     _fake_backward,
     _flops_backward,
 )
-register_gradient(_name, _backward, _setup_context)

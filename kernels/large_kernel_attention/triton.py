@@ -18,7 +18,9 @@ more than it saves:
   holds 50 MB. Much of the traffic saved would not have reached memory.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels.depthwise_conv import triton as depthwise
+from zoo.kernels.dispatch import planned_once
 from zoo.kernels.large_kernel_attention import torch_backend
+from zoo.kernels.launch import Launch, with_unit_channels
 
 
 @triton.jit(do_not_specialize=["M", "m_gate"])
@@ -56,25 +60,45 @@ def _gated_linear(
     tl.store(y + m[:, None] * C + n[None, :], sums.to(y.dtype.element_ty), mask=valid)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, add: Tensor | None = None) -> Tensor:
-    """As that of the torch backend; x and add are contiguous."""
+@with_unit_channels
+def plan_gated_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, add: Tensor | None = None
+) -> Callable[..., Tensor]:
+    """A function of arguments like these, as ``gated_linear`` of the torch backend; x and add are contiguous."""
     channels = x.shape[-1]
     if x.dtype == torch.float32 or channels % 16:
-        return torch_backend.gated_linear(x, weight, bias, gate, add)
-    y = torch.empty_like(x)
+        return torch_backend.gated_linear
     tokens = x.numel() // channels
-    gate = gate.reshape(tokens, channels)
+    m_gate = gate.reshape(tokens, channels).stride(0)
     width = max(16, min(128, triton.next_power_of_2(channels)))
+    constants = {
+        "BIAS": bias is not None, "ADD": add is not None,
+        "WIDEN": not x.is_cuda,  # Triton's interpreter has no product of bfloat16
+        "BM": 128, "BN": width, "BK": min(64, width), "num_warps": 8 if width == 128 else 4, "num_stages": 3,
+    }  # fmt: skip
     blocks = triton.cdiv(tokens, 128) * triton.cdiv(channels, width)
-    _gated_linear[(blocks,)](
-        x, weight.to(x.dtype).contiguous(), x if bias is None else bias, gate, x if add is None else add, y,
-        tokens, gate.stride(0), channels, BIAS=bias is not None, ADD=add is not None,
-        WIDEN=not x.is_cuda,  # Triton's interpreter has no product of bfloat16
-        BM=128, BN=width, BK=min(64, width), num_warps=8 if width == 128 else 4, num_stages=3,
-    )  # fmt: skip
-    return y
+    launch = Launch(_gated_linear, (blocks,), (tokens, m_gate, channels), constants, x.device)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, add: Tensor | None = None) -> Tensor:
+        y, gate = torch.empty_like(x), gate.reshape(tokens, channels)
+        weight = weight.to(x.dtype).contiguous()
+        launch(x, weight, x if bias is None else bias, gate, x if add is None else add, y)
+        return y
+
+    return run
 
 
-# The matrix product of PyTorch and a separate gate: mix=torch_backend.gated_linear.
-forward = partial(torch_backend.forward, depthwise=depthwise, mix=gated_linear)
-backward = partial(torch_backend.backward, depthwise=depthwise, mix=gated_linear)
+def plan_forward(*_: Any) -> Callable[..., Tensor]:
+    """The forward pass, of which every stage is planned."""
+    return partial(torch_backend.forward, **_stages())
+
+
+def plan_backward(*_: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """The backward pass, of which every stage is planned."""
+    backward = {f"{stage}_backward": planned_once(depthwise.plan_backward) for stage in ("local", "dilated")}
+    return partial(torch_backend.backward, **_stages(), **backward)
+
+
+def _stages() -> dict[str, Callable[..., Tensor]]:
+    plans = {"local": depthwise.plan_forward, "dilated": depthwise.plan_forward, "mix": plan_gated_linear}
+    return {stage: planned_once(plan) for stage, plan in plans.items()}

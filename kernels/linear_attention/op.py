@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels.dispatch import select_backend, triton_backend
-from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_gradient, register_op
+from zoo.kernels.dispatch import planned, select_backend, triton_backend
+from zoo.kernels.library import accumulation_dtype, check_float, check_shape, register_op
 from zoo.kernels.linear_attention import torch_backend
 from zoo.kernels.linear_attention.reference import FEATURE_MAPS, NORMALISATIONS
 from zoo.kernels.linear_attention.settings import Settings
@@ -104,26 +104,25 @@ def check(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | 
             raise ValueError(f"{NAME}: rotation needs a head dim that is a multiple of 4, got {q.shape[-1]}.")
 
 
-def compute(
-    q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+@planned
+def compute(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *rest: Any) -> Callable:
     """The forward pass on the backend for the device of q: the result, and what the backward pass needs."""
     settings = Settings(*rest)
     check(q, k, v, local, gate, settings)
     if v.numel() == 0:
-        return tuple(x.zero_() for x in _fake(q, k, v, local, gate, *rest))
-    return select_backend(NAME, _backends(q, v, settings, "forward"), q.device)(q, k, v, local, gate, settings)
+        return lambda *arguments: tuple(x.zero_() for x in _fake(*arguments))
+    backend = select_backend(NAME, _backends(q, v, settings, "forward"), q.device)
+    return lambda *arguments: backend(*arguments[:5], settings)
 
 
-def compute_backward(
-    grad: Tensor, saved: Tensor, q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@planned
+def compute_backward(grad: Tensor, saved: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Callable:
     """The backward pass on the backend for the device of q."""
     if v.numel() == 0:
-        return tuple(x.zero_() for x in _fake_backward(grad, saved, q, k, v, local, gate))
-    settings = Settings(*rest)
+        return lambda *arguments: tuple(x.zero_() for x in _fake_backward(*arguments))
+    settings = Settings(*rest[2:])
     backend = select_backend(NAME, _backends(q, v, settings, "backward"), q.device)
-    return backend(grad, saved, q, k, v, local, gate, settings)
+    return lambda *arguments: backend(*arguments[:7], settings)
 
 
 def _backends(q: Tensor, v: Tensor, settings: Settings, direction: str) -> dict[str, Callable]:
@@ -132,7 +131,9 @@ def _backends(q: Tensor, v: Tensor, settings: Settings, direction: str) -> dict[
     wide = settings.normalisation == "division" or q.dtype != torch.float32
     fits = max(q.shape[-1], v.shape[-1]) <= (TRITON_MAX_HEAD_DIM if wide else TRITON_MAX_HEAD_DIM_FLOAT32)
     if known and fits and q.dtype != torch.float64:
-        backends["triton"] = triton_backend("zoo.kernels.linear_attention.triton", direction, backends["torch"])
+        backends["triton"] = triton_backend(
+            "zoo.kernels.linear_attention.triton", f"plan_{direction}", backends["torch"]
+        )
     return backends
 
 
@@ -200,11 +201,10 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple:
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? local, Tensor? gate"
 _SETTINGS = "str feature_map, bool token_weights, SymInt height, SymInt width, float rotary_base, float eps"
 _SETTINGS += ", str normalisation='division', float scale=1.0, bool rotary_across_heads=False"
-_name = register_op(f"{NAME}({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)", compute, _fake, flops)
+register_op(f"{NAME}({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)", compute, _fake, flops, _backward, _setup_context)
 register_op(
     f"{NAME}_backward(Tensor grad, Tensor saved, {_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     compute_backward,
     _fake_backward,
     _flops_backward,
 )
-register_gradient(_name, _backward, _setup_context)

@@ -23,12 +23,15 @@ goes into launches, and a head's tokens stay in the caches.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from zoo.kernels.launch import Launch, unit_channels, with_unit_channels
 from zoo.kernels.linear_attention.reference import angles_of_heads
 from zoo.kernels.linear_attention.settings import Settings
 
@@ -46,16 +49,16 @@ PROGRAMS = {
     "keys_backward": 528,
     "query_backward": 1056,
 }
-# Tokens of a block, and its warps, for bfloat16 and heads of at most 64 channels: few instructions for a token, no
-# spilled register. Other sizes have not been timed kernel by kernel.
+# Tokens of a block, its warps, and the blocks that are loaded or used at a time, for bfloat16 and heads of at most 64
+# channels: few instructions for a token, no spilled register. Other sizes have not been timed kernel by kernel.
 BLOCKS = {
-    "mean": (64, 4),
-    "state": (64, 4),
-    "read": (64, 4),
-    "read_backward": (32, 4),
-    "keys_backward": (64, 8),
-    "query_backward": (64, 8),
-    "short": (32, 8),
+    "mean": (64, 4, 3),
+    "state": (64, 4, 3),
+    "read": (64, 4, 3),
+    "read_backward": (32, 4, 3),
+    "keys_backward": (64, 8, 3),
+    "query_backward": (64, 8, 3),
+    "short": (32, 8, 3),
 }
 # Numbers that change with the resolution or the batch: no kernel is compiled again for their values.
 SIZES = ["N", "height", "width", "turn_h", "splits", "splits_m"]
@@ -900,15 +903,15 @@ def _table(settings: Settings, heads: int, dim: int, device: torch.device) -> Te
     return torch.stack([both.cos(), both.sin()], dim=-1).contiguous()
 
 
-def _block(kernel: str, BD: int, BE: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Tokens of a block, and its warps: as many tokens as no register spills for.
+def _block(kernel: str, BD: int, BE: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """As in BLOCKS: as many tokens as no register spills for.
 
     Products of float16 numbers are taken of float32 ones, and those of float32 numbers not on tensor cores.
     """
     if dtype == torch.bfloat16 and max(BD, BE) <= 64:
         return BLOCKS[kernel]
     numbers = {torch.bfloat16: 4096, torch.float16: 2048}.get(dtype, 1024) // (2 if kernel == "short" else 1)
-    return min(64, max(16, numbers // max(BD, BE))), 8
+    return min(64, max(16, numbers // max(BD, BE))), 8, 3
 
 
 def _chunk(N: int, heads: int, BN: int, programs: int) -> int:
@@ -931,11 +934,11 @@ class _Plan:
         gate: bool,
     ) -> None:
         batch, N, heads, D = shape
+        self.device = device
         BD, BE = (max(16, triton.next_power_of_2(x)) for x in (D, E))
         count = batch * heads
         longest = SHORT_TOKENS_OF_MANY if count >= MANY_HEADS else SHORT_TOKENS
         self.short = longest >= N and max(BD, BE) <= 64  # registers spill with more
-        self.queries_at_once = not settings.token_weights
         block = {kernel: _block(kernel, BD, BE, dtype) for kernel in BLOCKS}
         chunk = {kernel: _chunk(N, count, block[kernel][0], PROGRAMS[kernel]) for kernel in PROGRAMS}
         splits = {kernel: triton.cdiv(N, tokens) for kernel, tokens in chunk.items()}
@@ -956,26 +959,31 @@ class _Plan:
 
         # Triton's interpreter, on the CPU, has no bfloat16 products.
         dot = {torch.bfloat16: 0, torch.float16: 1}.get(dtype, 2) if device.type == "cuda" else 2
-        sizes = {"D": D, "E": E, "BD": BD, "BE": BE}
+        kind, sizes = KINDS[settings.feature_map], {"D": D, "E": E, "BD": BD, "BE": BE}
         form = {"KEYS": keys, "SUBTRACT": settings.normalisation == "subtraction", "ROTATE": rotate}
         tokens = {
-            kernel: {"KIND": KINDS[settings.feature_map], "DOT": dot, "BN": BN, "num_warps": warps, **sizes}
-            for kernel, (BN, warps) in block.items()
+            kernel: {"KIND": kind, "DOT": dot, "BN": BN, "num_warps": warps, "num_stages": stages, **sizes}
+            for kernel, (BN, warps, stages) in block.items()
         }
         weights, terms = {"WEIGHTS": settings.token_weights}, {"LOCAL": local, "GATE": gate}
         saved, part = {"SAVED": self.saved[2]}, {"PART": part_size}
         rows_of_states = {"ROWS": rows, "num_warps": 4}
-        self.of_mean = {key: tokens["mean"][key] for key in ("KIND", "D", "BD", "BN", "num_warps")}
+        self.of_mean = {key: tokens["mean"][key] for key in ("KIND", "D", "BD", "BN", "num_warps", "num_stages")}
         self.of_state = {**tokens["state"], **form, **weights, **part}
         self.of_combine = {**sizes, **form, **weights, **saved, **part, **rows_of_states}
         self.of_read = {**tokens["read"], **form, **terms, **saved}
         self.of_short = {**tokens["short"], **form, **terms, **saved, **weights}
         self.of_read_backward = {**tokens["read_backward"], **form, **terms, **saved, **part}
-        self.of_read_backward["QUERY"] = self.queries_at_once
+        self.of_read_backward["QUERY"] = not settings.token_weights
         self.of_combine_backward = {**sizes, **form, **saved, **part, **rows_of_states}
         self.of_keys_backward = {**tokens["keys_backward"], **form, **weights, **saved, **part, "TILES": BD // rows}
         self.of_query_backward = {**tokens["query_backward"], **weights, **saved, "ROTATE": rotate}
         self.of_query_backward["GATE"] = gate and not local
+
+    def launch(self, kernel: Any, name: str, strided: int, numbers: Sequence[float], constants: dict) -> Launch:
+        """A kernel on the chunks of a head that ``name`` has."""
+        numbers = (*self.tokens[name], *numbers)
+        return Launch(kernel, self.grids[name], numbers, constants, self.device, strided)
 
 
 _plan = functools.lru_cache(maxsize=256)(_Plan)
@@ -989,50 +997,56 @@ def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
-def _unit(x: Tensor | None) -> Tensor | None:
-    """The tensor with neighbouring channels neighbouring in memory, as the kernels need."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+_unit = unit_channels  # this and the next are for zoo.kernels.distributed
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def forward(
+def _terms(q: Tensor, local: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Local term and gate; any tensor for what is None, which no kernel reads."""
+    return q if local is None else local, q if gate is None else gate
+
+
+@with_unit_channels
+def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """The result of ``linear_attention``, and what the backward pass needs."""
-    q, k, v, local, gate = map(_unit, (q, k, v, local, gate))
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of arguments like these: the result of ``linear_attention``, and what the backward pass needs."""
     plan = _plan_of(q, v, local, gate, settings)
-    table = q if plan.table is None else plan.table
-    out, saved = q.new_empty(v.shape), _numbers(plan.saved, q.device)
-    terms = (q if local is None else local, q if gate is None else gate)
-    tokens, grids, splits = plan.tokens, plan.grids, plan.splits
-    factors = (settings.scale, settings.eps)
-    if plan.short:
-        _short[plan.heads](
-            q, k, v, *terms, out, table, saved, *_strides(q, k, v, *terms),
-            *q.shape[1:3], *plan.map, plan.root, *factors, **plan.of_short,
-        )  # fmt: skip
+    splits, where, factors = plan.splits, plan.map, (settings.scale, settings.eps)
+    N, heads, chunk = plan.tokens["state"]
+    short = Launch(_short, plan.heads, (N, heads, *where, plan.root, *factors), plan.of_short, plan.device, 5)
+    mean = plan.launch(_mean, "mean", 1, (settings.scale,), plan.of_mean)
+    state = plan.launch(_state, "state", 2, (splits["mean"], *where, plan.root), plan.of_state)
+    numbers = (splits["state"], splits["mean"], chunk, N)
+    combine = Launch(_combine, plan.tiles, numbers, plan.of_combine, plan.device)
+    read = plan.launch(_read, "read", 3, (*where, *factors), plan.of_read)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        terms, table = _terms(q, local, gate), q if plan.table is None else plan.table
+        out, saved = q.new_empty(v.shape), _numbers(plan.saved, q.device)
+        if plan.short:
+            short(q, k, v, *terms, out, table, saved)
+            return out, saved
+        mean_part = q
+        if settings.token_weights:
+            mean_part = _numbers(plan.mean_parts["mean"], q.device)
+            mean(q, mean_part)
+        part = _numbers(plan.parts["state"], q.device)
+        state(k, v, mean_part, table, part)
+        combine(part, mean_part, saved)
+        read(q, *terms, out, table, saved)
         return out, saved
-    mean_part = q
-    if settings.token_weights:
-        mean_part = _numbers(plan.mean_parts["mean"], q.device)
-        _mean[grids["mean"]](q, mean_part, *_strides(q), *tokens["mean"], settings.scale, **plan.of_mean)
-    part = _numbers(plan.parts["state"], q.device)
-    _state[grids["state"]](
-        k, v, mean_part, table, part, *_strides(k, v), *tokens["state"], splits["mean"], *plan.map, plan.root,
-        **plan.of_state,
-    )  # fmt: skip
-    N, _, chunk = tokens["state"]
-    _combine[plan.tiles](part, mean_part, saved, splits["state"], splits["mean"], chunk, N, **plan.of_combine)
-    _read[grids["read"]](
-        q, *terms, out, table, saved, *_strides(q, *terms), *tokens["read"], *plan.map, *factors, **plan.of_read
-    )
-    return out, saved
+
+    return run
 
 
-def backward(
+@with_unit_channels
+def plan_backward(
     grad: Tensor,
     saved: Tensor,
     q: Tensor,
@@ -1041,42 +1055,46 @@ def backward(
     local: Tensor | None,
     gate: Tensor | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, local and gate; of what is None an empty tensor."""
-    grad, q, k, v, local, gate = map(_unit, (grad, q, k, v, local, gate))
-    saved = saved.contiguous()
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """A function of arguments like these: gradients of q, k, v, local and gate; of what is None an empty tensor."""
     plan = _plan_of(q, v, local, gate, settings)
-    table = q if plan.table is None else plan.table
-    grads = d_q, d_k, d_v, d_local, d_gate = tuple(
-        q.new_empty(0) if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
-        for x in (q, k, v, local, gate)
-    )
-    terms = (q if local is None else local, q if gate is None else gate)
-    tokens, grids, splits = plan.tokens, plan.grids, plan.splits
-    factors = (settings.scale, settings.eps)
-    if plan.short:
-        _short_backward[plan.heads](
-            grad, q, k, v, *terms, *grads, table, saved, *_strides(grad, q, k, v, *terms),
-            *q.shape[1:3], *plan.map, plan.root, *factors, **plan.of_short,
-        )  # fmt: skip
+    splits, where, factors = plan.splits, plan.map, (settings.scale, settings.eps)
+    numbers = (*q.shape[1:3], *where, plan.root, *factors)
+    short = Launch(_short_backward, plan.heads, numbers, plan.of_short, plan.device, 6)
+    read = plan.launch(_read_backward, "read_backward", 4, (*where, *factors), plan.of_read_backward)
+    numbers = (splits["read_backward"],)
+    combine = Launch(_combine_backward, plan.tiles, numbers, plan.of_combine_backward, plan.device)
+    keys = plan.launch(_keys_backward, "keys_backward", 2, (*where, plan.root), plan.of_keys_backward)
+    numbers = (splits["keys_backward"], *where, *factors)
+    query = plan.launch(_query_backward, "query_backward", 3, numbers, plan.of_query_backward)
+
+    def run(
+        grad: Tensor,
+        saved: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        local: Tensor | None,
+        gate: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        saved = saved.contiguous()
+        terms, table = _terms(q, local, gate), q if plan.table is None else plan.table
+        grads = d_q, d_k, d_v, d_local, _ = tuple(
+            q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, local, gate)
+        )
+        if plan.short:
+            short(grad, q, k, v, *terms, *grads, table, saved)
+            return grads
+        part, combined = _numbers(plan.parts["read_backward"], q.device), _numbers(plan.combined, q.device)
+        read(grad, q, *terms, d_q, *grads[3:], table, saved, part)
+        combine(part, saved, combined)
+        mean_part = _numbers(plan.mean_parts["keys_backward"], q.device) if settings.token_weights else q
+        keys(k, v, d_k, d_v, table, saved, combined, mean_part)
+        if settings.token_weights:
+            # The gradient of a local term is that of o.
+            d_out, times = (grad, terms[1]) if local is None else (d_local, q)
+            query(d_out, q, times, d_q, table, saved, mean_part)
         return grads
-    part = _numbers(plan.parts["read_backward"], q.device)
-    _read_backward[grids["read_backward"]](
-        grad, q, *terms, d_q, d_local, d_gate, table, saved, part, *_strides(grad, q, *terms),
-        *tokens["read_backward"], *plan.map, *factors, **plan.of_read_backward,
-    )  # fmt: skip
-    combined = _numbers(plan.combined, q.device)
-    _combine_backward[plan.tiles](part, saved, combined, splits["read_backward"], **plan.of_combine_backward)
-    mean_part = _numbers(plan.mean_parts["keys_backward"], q.device) if settings.token_weights else q
-    _keys_backward[grids["keys_backward"]](
-        k, v, d_k, d_v, table, saved, combined, mean_part, *_strides(k, v), *tokens["keys_backward"], *plan.map,
-        plan.root, **plan.of_keys_backward,
-    )  # fmt: skip
-    if not plan.queries_at_once:
-        # The gradient of a local term is that of o.
-        d_out, times = (grad, terms[1]) if local is None else (d_local, q)
-        _query_backward[grids["query_backward"]](
-            d_out, q, times, d_q, table, saved, mean_part, *_strides(d_out, q, times),
-            *tokens["query_backward"], splits["keys_backward"], *plan.map, *factors, **plan.of_query_backward,
-        )  # fmt: skip
-    return grads
+
+    return run

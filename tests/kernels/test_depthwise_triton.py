@@ -67,6 +67,16 @@ def large_kernel(dtype, shape):
     return errors(large_kernel_attention, large_kernel_attention_reference, tensors)
 
 
+def large_kernel_of_views(dtype, shape):
+    # Neighbouring channels are not neighbours in memory, in the input and in the gradient of the result.
+    batch, height, width, channels = shape
+    shapes = ((channels, 1, 3, 3), (channels,), (channels, 1, 3, 3), (channels,), (channels, channels), (channels,))
+    x = random(batch, channels, height, width, dtype=dtype).permute(0, 2, 3, 1)
+    tensors = [x, *(random(*shape, dtype=dtype) for shape in shapes)]
+    total = lambda function: lambda *tensors: function(*tensors).sum().view(1)
+    return errors(total(large_kernel_attention), total(large_kernel_attention_reference), tensors)
+
+
 for line in sys.stdin:
     name, dtype, *arguments = json.loads(line)
     print(json.dumps(globals()[name](getattr(torch, dtype), *arguments)), flush=True)
@@ -91,6 +101,7 @@ CASES = [
     ["depthwise", "float32", [1, 3, 2, 2], 21, 1, 1, False, "none", False],
     ["large_kernel", "float32", [1, 4, 5, 6]],
     ["large_kernel", "float16", [2, 2, 3, 48]],
+    ["large_kernel_of_views", "float16", [1, 2, 3, 16]],
 ]
 
 

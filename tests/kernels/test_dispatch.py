@@ -1,12 +1,14 @@
 """The choice of a backend."""
 
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from zoo.kernels import depthwise_conv2d
-from zoo.kernels.dispatch import _missing, select_backend, triton_backend
+from zoo.kernels.dispatch import PLANS, _missing, planned, select_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BOTH = {"torch": "torch", "triton": "triton"}
@@ -71,19 +73,82 @@ def test_a_wrong_choice_reaches_the_user(monkeypatch):
 
 class _GivesUp:
     @staticmethod
-    def forward(x):
+    def plan(x):
         from triton.errors import TritonError
 
-        raise TritonError("out of resource: shared memory")
+        def run(x):
+            raise TritonError("out of resource: shared memory")
+
+        return run
 
 
 def test_where_triton_gives_up_pytorch_computes_with_a_warning(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setitem(sys.modules, "gives_up", _GivesUp)
     monkeypatch.delenv("ZOO_KERNELS", raising=False)
-    run = triton_backend("gives_up", "forward", lambda x: x + 1)
+    run = triton_backend("gives_up", "plan", lambda x: x + 1)
     with pytest.warns(UserWarning, match="gives_up computes with PyTorch, because Triton cannot here: out of resource"):
-        assert run(1) == 2
+        assert run(torch.ones(1)) == 2
     monkeypatch.setenv("ZOO_KERNELS", "triton")
     with pytest.raises(Exception, match="out of resource"):
-        run(1)
+        run(torch.ones(1))
+
+
+def test_other_errors_reach_the_user(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fails", SimpleNamespace(plan=lambda x: len))
+    with pytest.raises(TypeError, match="len"):
+        triton_backend("fails", "plan", lambda x: x)(SimpleNamespace(is_cuda=False))
+
+
+def test_triton_launches_on_the_device_of_the_tensors(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def switch(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: current[0])
+    monkeypatch.setattr("torch.cuda.device", switch)
+    monkeypatch.setitem(sys.modules, "says_where", SimpleNamespace(plan=lambda x: lambda x: current[0]))
+    run = triton_backend("says_where", "plan", None)
+    for index in (1, 0, 1):
+        x = SimpleNamespace(is_cuda=True, get_device=lambda index=index: index, device=torch.device("cuda", index))
+        assert run(x) == index and current == [0]
+
+
+def test_a_plan_is_for_arguments_alike(monkeypatch):
+    made = []
+
+    @planned
+    def count(*arguments):
+        made.append(arguments)
+        return lambda *arguments: (len(made), *arguments)
+
+    x = torch.zeros(4, 8)
+    alike = [(x, None, 1, "a"), (torch.ones(4, 8), None, 1, "a"), (torch.zeros(5, 8)[1:], None, 1, "a")]
+    for arguments in alike:
+        found, *given = count(*arguments)
+        assert found == 1 and given[0] is arguments[0]
+    others = [
+        (torch.zeros(8, 4), None, 1, "a"),
+        (torch.zeros(8, 4).t(), None, 1, "a"),
+        (x.double(), None, 1, "a"),
+        (torch.zeros(33)[1:].view(4, 8), None, 1, "a"),  # not at a multiple of 16 bytes
+        (x.to("meta"), None, 1, "a"),
+        (x, x, 1, "a"),
+        (x, None, 2, "a"),
+    ]
+    assert [count(*arguments)[0] for arguments in others] == list(range(2, 9))
+    assert [count(*arguments)[0] for arguments in others] == [8] * 7
+    monkeypatch.setenv("ZOO_KERNELS", "torch")
+    assert count(*alike[0])[0] == 9
+
+
+def test_plans_are_not_kept_without_end(monkeypatch):
+    monkeypatch.setattr("zoo.kernels.dispatch.MAX_PLANS", 3)
+    PLANS.clear()
+    double = planned(lambda x: lambda x: 2 * x)
+    assert [double(x) for x in range(10)] == list(range(0, 20, 2))
+    assert len(PLANS) <= 3

@@ -21,6 +21,7 @@ PROGRAM = """
 import importlib, json, math, sys
 import torch
 from zoo.kernels import bidirectional_gated_linear_attention, gated_linear_attention
+from zoo.kernels.dispatch import PLANS
 from zoo.kernels.gated_linear_attention.reference import (
     bidirectional_gated_linear_attention_reference,
     gated_linear_attention_reference,
@@ -48,6 +49,7 @@ for line in sys.stdin:
     form, dtype, B, N, H, D, E, decay, forgotten, programs = json.loads(line)
     # Segments of one chunk each, joined two at a time, or one segment.
     kernels.PROGRAMS, kernels.AT_ONCE = programs, 2
+    PLANS.clear()
     dtype, generator = getattr(torch, dtype), torch.Generator().manual_seed(0)
     qkv = torch.randn(B, N, H * (2 * D + E), generator=generator).to(device, dtype)
     q, k, v = (x.unflatten(-1, (H, -1)) for x in qkv.split((H * D, H * D, H * E), -1))

@@ -19,6 +19,7 @@ PROGRAM = """
 import importlib, json, sys
 import torch
 from zoo.kernels import linear_attention
+from zoo.kernels.dispatch import PLANS
 from zoo.kernels.linear_attention.reference import linear_attention_reference
 from zoo.kernels.linear_attention.settings import Settings, unpack
 
@@ -49,6 +50,7 @@ def take_short(tokens):
     # Up to how many tokens one kernel computes everything.
     attention_kernels.SHORT_TOKENS = attention_kernels.SHORT_TOKENS_OF_MANY = tokens
     attention_kernels._plan.cache_clear()
+    PLANS.clear()
 
 
 def attention_inputs(dtype, grid, heads, dim, values, batch=2):
@@ -112,10 +114,12 @@ def attention_across_backends(dtype, form, short):
     # Either backend's backward pass from what the other's forward pass saved.
     take_short(short)
     settings = Settings(*form)
-    q, k, v, local, gate = attention_inputs(dtype, (9, 20), 2, 16, 24)
-    ours, theirs = (module.forward(q, k, v, local, gate, settings) for module in (attention_kernels, attention_torch))
-    grads = attention_kernels.backward(ours[0], theirs[1], q, k, v, local, gate, settings)
-    exact = attention_torch.backward(ours[0], ours[1], q, k, v, local, gate, settings)
+    arguments = *attention_inputs(dtype, (9, 20), 2, 16, 24), settings
+    ours = attention_kernels.plan_forward(*arguments)(*arguments)
+    theirs = attention_torch.forward(*arguments)
+    mixed = ours[0], theirs[1], *arguments
+    grads = attention_kernels.plan_backward(*mixed)(*mixed)
+    exact = attention_torch.backward(*ours, *arguments)
     fields = [unpack(saved, settings, 16, 24) for _, saved in (ours, theirs)]
     pairs = [(fields[0][name], fields[1][name]) for name in fields[0]] + [*zip(grads, exact)]
     return [((a - b).norm() / b.norm()).item() for a, b in pairs]
