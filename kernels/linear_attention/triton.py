@@ -59,6 +59,7 @@ BLOCKS = {
     "keys_backward": (64, 8, 3),
     "query_backward": (64, 8, 3),
     "short": (32, 8, 3),
+    "short_backward": (32, 8, 3),
 }
 # Numbers that change with the resolution or the batch: no kernel is compiled again for their values.
 SIZES = ["N", "height", "width", "turn_h", "splits", "splits_m"]
@@ -910,7 +911,7 @@ def _block(kernel: str, BD: int, BE: int, dtype: torch.dtype) -> tuple[int, int,
     """
     if dtype == torch.bfloat16 and max(BD, BE) <= 64:
         return BLOCKS[kernel]
-    numbers = {torch.bfloat16: 4096, torch.float16: 2048}.get(dtype, 1024) // (2 if kernel == "short" else 1)
+    numbers = {torch.bfloat16: 4096, torch.float16: 2048}.get(dtype, 1024) // (2 if kernel.startswith("short") else 1)
     return min(64, max(16, numbers // max(BD, BE))), 8, 3
 
 
@@ -972,7 +973,9 @@ class _Plan:
         self.of_state = {**tokens["state"], **form, **weights, **part}
         self.of_combine = {**sizes, **form, **weights, **saved, **part, **rows_of_states}
         self.of_read = {**tokens["read"], **form, **terms, **saved}
-        self.of_short = {**tokens["short"], **form, **terms, **saved, **weights}
+        self.of_short, self.of_short_backward = (
+            {**tokens[kernel], **form, **terms, **saved, **weights} for kernel in ("short", "short_backward")
+        )
         self.of_read_backward = {**tokens["read_backward"], **form, **terms, **saved, **part}
         self.of_read_backward["QUERY"] = not settings.token_weights
         self.of_combine_backward = {**sizes, **form, **saved, **part, **rows_of_states}
@@ -1060,7 +1063,7 @@ def plan_backward(
     plan = _plan_of(q, v, local, gate, settings)
     splits, where, factors = plan.splits, plan.map, (settings.scale, settings.eps)
     numbers = (*q.shape[1:3], *where, plan.root, *factors)
-    short = Launch(_short_backward, plan.heads, numbers, plan.of_short, plan.device, 6)
+    short = Launch(_short_backward, plan.heads, numbers, plan.of_short_backward, plan.device, 6)
     read = plan.launch(_read_backward, "read_backward", 4, (*where, *factors), plan.of_read_backward)
     numbers = (splits["read_backward"],)
     combine = Launch(_combine_backward, plan.tiles, numbers, plan.of_combine_backward, plan.device)
