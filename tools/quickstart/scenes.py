@@ -58,7 +58,7 @@ VERSIONS = 8  # drawings per category for a chunk, which no other has
 
 SIDES = (250, 400)  # pixels, of scenes
 LENGTHS = (16, 200)  # pixels, the longer side of a drawing in a scene
-MOST = 12  # drawings in a scene
+MOST = {"train": 20, "test": 12}  # drawings in a scene: a detector learns from each, a step takes as long for few
 EMPTY = 0.04  # share of scenes without any
 VISIBLE = 0.4  # share of a drawing that later ones leave
 INSIDE = 0.65  # share of a drawing that is within the picture
@@ -74,7 +74,7 @@ class Scene:
     Attributes:
         picture: RGB, (H, W, 3) uint8.
         instances: (H, W) uint8, 0 for the background and k for what ``categories[k - 1]`` is of; the visible parts.
-        categories: places in ``CATEGORIES``, (N,), N at most ``MOST``.
+        categories: places in ``CATEGORIES``, (N,), at most ``MOST``.
     """
 
     picture: np.ndarray
@@ -202,7 +202,7 @@ def _build_chunk(job: tuple[Path, Path, str, int, int, int]) -> None:
     records = []
     for number, backdrop in zip(range(start, stop), backdrops):
         random = Random(seed_of(seed, SPLITS.index(split), number, 1))
-        scene = compose_scene(drawings, backdrop, random)
+        scene = compose_scene(drawings, backdrop, random, MOST[split])
         name = f"{number:06d}"
         quality = random.randint(75, 95)
         write_bytes(out / "images" / split / f"{name}.jpg", encoded(scene.picture, "JPEG", quality=quality))
@@ -223,13 +223,14 @@ def painted(seed: int, scenes: int, side: int) -> Iterator[np.ndarray]:
         yield from (found * 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random) -> Scene:
+def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random, most: int) -> Scene:
     """Puts drawings into a scene, later ones over earlier ones.
 
     Args:
         drawings: (categories, versions, side, side, 4) uint8, colour premultiplied by alpha.
         painted: A backdrop of ``SIDES[1]`` squared, (side, side, 3) uint8, for the scenes that are no landscapes.
         random: Where everything else comes from.
+        most: Drawings in a scene.
 
     Returns:
         The scene.
@@ -243,7 +244,7 @@ def compose_scene(drawings: np.ndarray, painted: np.ndarray, random: Random) -> 
     categories: list[int] = []
     whole, visible = [0], [0]
     shadow = random.uniform(0.15, 0.5) if random.random() < 0.3 else 0.0
-    for _ in range(0 if random.random() < EMPTY else random.randint(1, MOST)):
+    for _ in range(0 if random.random() < EMPTY else random.randint(1, most)):
         category = random.randrange(len(drawings))
         drawing = scaled(drawings[category, random.randrange(drawings.shape[1])], _length(random))
         opaque = drawing[..., 3] >= OPAQUE
