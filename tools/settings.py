@@ -26,14 +26,20 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file at {path}")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        values = _parse(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `key: value` lines")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} must look like key=value")
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key] = _parse(text)
+        except ValueError as error:
+            raise ValueError(f"override {override!r} is no YAML: {error}") from error
     kinds = get_type_hints(kind)
     for key in values:
         if key not in kinds:
@@ -44,6 +50,18 @@ def read_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()
         if field.default is dataclasses.MISSING and not values.get(field.name):
             raise ValueError(f"{path} must set {field.name!r}")
     return kind(**values)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{error.problem or error.context}{where}") from error
+    except yaml.YAMLError as error:  # of a character
+        raise ValueError(str(error).splitlines()[0]) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_choices(settings: Any, choices: dict[str, Sequence[str]]) -> None:
@@ -60,7 +78,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     if float in allowed and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif type(value) in allowed:
         return value

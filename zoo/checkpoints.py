@@ -239,7 +239,10 @@ def save_checkpoint(
     with replacing(destination) as part:
         part.touch()
         mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
-        safetensors.torch.save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        try:
+            safetensors.torch.save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        except safetensors.SafetensorError as error:  # of the disk: the tensors are sound
+            raise OSError(str(error)) from error
         part.chmod(mode)
 
 

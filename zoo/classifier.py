@@ -18,6 +18,7 @@ from zoo.catalogue import DEFAULT_MODEL
 from zoo.checkpoints import create_model, load_checkpoint
 from zoo.images import ImageError, Source, describe, read_image
 from zoo.labels import label_names
+from zoo.memory import PartsThatFit
 
 MAX_ASPECT = 64  # of longer pictures the middle is seen
 
@@ -74,7 +75,7 @@ class Classifier:
         device: where to compute, such as "cpu" or "cuda:1"; by default where a given module is, else the first GPU,
             else the CPU.
         amp: compute in bfloat16 (float16 on GPUs without it) where autocast finds that safe.
-        batch_size: pictures that go through the model at once.
+        batch_size: pictures that go through the model at once; fewer, with a warning, once the GPU's memory runs out.
         workers: threads that decode and prepare pictures.
 
     Raises:
@@ -106,6 +107,7 @@ class Classifier:
         self.labels = list(labels) if labels else label_names(model)
         self._check_labels(getattr(model, "num_classes", None))
         self.amp, self.batch_size, self.workers = amp, batch_size, workers
+        self._in_parts = PartsThatFit()
         self._transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
 
     def predict(self, images: Picture | Sequence[Picture], top_k: int = 5) -> list[Prediction]:
@@ -218,7 +220,9 @@ class Classifier:
         float16 = self.device.type == "mps" or (self.device.type == "cuda" and not torch.cuda.is_bf16_supported())
         dtype = torch.float16 if float16 else torch.bfloat16
         with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=self.amp):
-            return forward(batch.to(self.device, first.dtype)).float().cpu()
+            return torch.cat(
+                self._in_parts(lambda part: forward(part.to(self.device, first.dtype)).float().cpu(), batch)
+            )
 
     def _name(self, logits: Tensor, top_k: int) -> Prediction:
         values, indices = logits.softmax(-1).topk(min(top_k, len(logits)))

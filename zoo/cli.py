@@ -1,9 +1,11 @@
 """The `zoo` command: name what is in pictures, embed them, look models up, convert checkpoints."""
 
 import dataclasses
+import io
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -33,8 +35,10 @@ from zoo.console import output_console
 from zoo.doctor import Diagnosis, diagnose
 from zoo.files import replacing
 from zoo.images import ImageError, find_images
+from zoo.labels import read_labels
 from zoo.measure import Dtype, Settings, split_name
 from zoo.plots import new_figure
+from zoo.printable import printable
 from zoo.sheet import LIMIT, THUMBNAIL, draw_sheet
 from zoo.stages import stage_table
 
@@ -44,6 +48,8 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> Any:
         warnings.filterwarnings("ignore", module="PIL")  # said again, and better, by ImageError
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8; in JSON an escape of its own
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -105,7 +111,7 @@ def classify(
     column: Column = None,
 ) -> None:
     """Name what is in pictures. Exit code 1 if some could not be read, 2 if none could."""
-    names = labels and labels.read_text(encoding="utf-8").splitlines()
+    names = labels and read_labels(labels)
     if engine:
         recipe = Recipe(
             "classify",
@@ -280,6 +286,27 @@ def convert(
     typer.echo(f"Wrote {destination}: {report}")
 
 
+@app.command("look")
+def look_inside(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
+    model: Annotated[str, typer.Option(help="Any zoo or timm model, or a folder of a multimodal one.")] = DEFAULT_MODEL,
+    checkpoint: Checkpoint = None,
+    point: Annotated[str | None, typer.Option(metavar="X,Y", help="Pixel to look from; by default the middle.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer to look into, from 0; by default the last.")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="Class to map; by default the most probable.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to draw: a .png file.")] = Path("look.png"),
+    prompt: Annotated[str | None, typer.Option(help="Multimodal: what is asked about the picture.")] = None,
+    reduce: Annotated[list[str] | None, typer.Option(help="Multimodal: as of `zoo chat`; by default half.")] = None,
+    device: Device = None,
+    allow_urls: Urls = False,
+) -> None:
+    """Draw where a model sees a class and what a layer attends to from a point, or what tokens are kept."""
+    from zoo.look.command import run
+
+    _check_suffix(out, ".png")
+    run(image, out, model, checkpoint, point, layer, label, prompt, reduce or [], device, allow_urls)
+
+
 @app.command()
 def serve(
     model: Annotated[list[str] | None, typer.Option(help="A classifier; may be repeated, to compare them.")] = None,
@@ -389,14 +416,16 @@ def report_failures(failed: Sequence[ImageError], done: int) -> None:
 def _table(results: Sequence[Result]) -> Table:
     folders = {os.path.dirname(result.source) for result in results}
     shared = folders.pop() if len(folders) == 1 else ""
-    title = Text(shared) if shared else None
+    title = Text(printable(shared)) if shared else None
     table = Table("Picture", "Name", "", box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column("Probability", justify="right")
     for result in results:
         picture = os.path.relpath(result.source, shared) if shared else result.source
         for name, probability in zip(result.prediction.names, result.prediction.probabilities):
             bar = ProgressBar(1.0, probability, width=20, finished_style="bar.complete")
-            table.add_row(Text(picture), Text(name), bar, f"{probability:.1%}", style="bold" if picture else "")
+            table.add_row(
+                Text(printable(picture)), Text(name), bar, f"{probability:.1%}", style="bold" if picture else ""
+            )
             picture = ""
     return table
 
@@ -422,17 +451,19 @@ def _check_suffix(path: Path | None, *suffixes: str) -> None:
 
 
 def _save_npy(path: Path, names: Sequence[str], features: np.ndarray) -> None:
-    with replacing(path.with_suffix(".json")) as part:
-        part.write_text(json.dumps(names, indent=0, ensure_ascii=False), encoding="utf-8")
-    with replacing(path) as part, part.open("wb") as file:
-        np.save(file, features)
+    text = json.dumps(names, indent=0, ensure_ascii=False)
+    with replacing(path.with_suffix(".json")) as names_part, replacing(path) as part:  # both or none
+        names_part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with part.open("wb") as file:
+            np.save(file, features)
 
 
 def _save_parquet(path: Path, names: Sequence[str], features: np.ndarray) -> None:
     pyarrow, parquet = _pyarrow()
     embedding = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.ravel()), features.shape[1])
+    texts = [name.encode(errors="backslashreplace").decode() for name in names]
     with replacing(path) as part:
-        parquet.write_table(pyarrow.table({"path": names, "embedding": embedding}), part)
+        parquet.write_table(pyarrow.table({"path": texts, "embedding": embedding}), part)
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -444,4 +475,4 @@ def _pyarrow() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-from zoo import chat, dense_cli  # noqa: E402, F401 (adds `zoo chat`, `zoo demo-chat`, `zoo detect` and `zoo segment`)
+from zoo import chat, dense_cli, export_cli  # noqa: E402, F401 (add commands: chat, detect, segment, export)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from zoo.checkpoints import load_checkpoint
 from zoo.classifier import Picture, as_array, best_device, check_device, listed
 from zoo.download import resolve
 from zoo.images import ImageError, describe, read_image
+from zoo.memory import PartsThatFit
 from zoo.restricted_reader import read_pickled
 
 MAX_ASPECT = 8  # longer pictures are seen with a grey border along their long sides
@@ -55,7 +56,8 @@ class DenseModel(Generic[Answer]):
             `zoo.load_checkpoint` takes. Without it the packaged weights of `model`.
         labels: the names of the classes; by default those in the checkpoint, else those in the config.
         device: where to compute; by default the first GPU, else the CPU.
-        batch_size: pictures that are read ahead, and of which those of one size go through the model at once.
+        batch_size: pictures that are read ahead, and of which those of one size go through the model at once; fewer,
+            with a warning, once the GPU's memory runs out.
         workers: threads that decode and prepare pictures.
 
     Raises:
@@ -84,6 +86,7 @@ class DenseModel(Generic[Answer]):
             raise ImportError(f"{', '.join(missing)} not found: pip install 'linear-vision-zoo[dense]'.")
         self.device = check_device(device or best_device())
         self.batch_size, self.workers = batch_size, workers
+        self._in_parts = PartsThatFit()
         self.config = self._read_config(model, config)
         checkpoint = checkpoint or self._packaged_weights(model, config)
         self.model = self._build()
@@ -104,7 +107,12 @@ class DenseModel(Generic[Answer]):
                 if config
                 else f"There is no quickstart {self.task} on {model}: give a config and a checkpoint."
             )
-        found = Config.fromfile(path)
+        try:
+            found = Config.fromfile(path)
+        except Exception as error:  # a config is a program
+            raise ValueError(f"{path} cannot be read as a config: {_reason(error)}.") from error
+        if "model" not in found:
+            raise ValueError(f"{path} is no config of a model: it has no dict called model.")
         if found.get("default_scope") != self.scope:
             raise ValueError(
                 f"{path} is a config of {found.get('default_scope')}, a {self.task} needs one of {self.scope}."
@@ -129,7 +137,11 @@ class DenseModel(Generic[Answer]):
         register_all_modules(init_default_scope=False)
         begin_without_weights(self.config)
         with DefaultScope.overwrite_default_scope(self.scope):
-            return revert_sync_batchnorm(MODELS.build(self.config.model))
+            try:
+                model = MODELS.build(self.config.model)
+            except Exception as error:  # of whatever part of it
+                raise ValueError(f"The model of the config cannot be built: {_reason(error)}.") from error
+            return revert_sync_batchnorm(model)
 
     def _build_pipeline(self) -> Any:
         """The evaluation pipeline of the config, from arrays instead of files and without annotations."""
@@ -206,11 +218,13 @@ class DenseModel(Generic[Answer]):
             yield from (DenseResult(source, error=error) for source, error in group)
             return
         data = [prepared for _, (_, prepared) in group]
-        batch = {key: [item[key] for item in data] for key in data[0]}
         with torch.inference_mode():
-            samples = self.model.test_step(batch)
+            samples = chain.from_iterable(self._in_parts(self._test, data))
         for (source, (picture, _)), sample in zip(group, samples):
             yield DenseResult(source, picture, self._answer(sample, picture.size))
+
+    def _test(self, data: list[dict[str, Any]]) -> list[Any]:
+        return self.model.test_step({key: [item[key] for item in data] for key in data[0]})
 
     def _answer(self, sample: Any, size: tuple[int, int]) -> Answer:
         """From a data sample of the library, of a picture of width and height ``size`` that may have been padded."""
@@ -222,6 +236,11 @@ def begin_without_weights(config: Any) -> None:
     backbone = config.model.get("backbone", {})
     if backbone.get("type") == "ZooBackbone":
         backbone.update(pretrained=False, checkpoint=None)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip("'\"").splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def _is_there(module: str) -> bool:
@@ -244,7 +263,12 @@ def _labels_of(checkpoint: str) -> list[str]:
     path = resolve(checkpoint)
     if path.suffix == ".safetensors":
         with safetensors.safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("labels", "[]"))
+            text = (file.metadata() or {}).get("labels", "[]")
+        try:
+            names = json.loads(text)
+        except ValueError:
+            return []
+        return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     content = read_pickled(path)
     meta = content.get("meta") if isinstance(content, dict) else None
     known = meta.get("dataset_meta") if isinstance(meta, dict) else None

@@ -32,9 +32,10 @@ from zoo.cli import (
 from zoo.console import output_console
 from zoo.dense import DenseModel, DenseResult
 from zoo.detector import Detections, Detector
-from zoo.drawing import BACKGROUND, draw_detections, draw_segmentation
+from zoo.drawing import BACKGROUND, SMALLEST, draw_detections, draw_segmentation
 from zoo.files import replacing
 from zoo.images import ImageError
+from zoo.printable import printable
 from zoo.segmenter import Segmentation, Segmenter
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -136,7 +137,7 @@ def _run(
             for thing in objects(result.answer):
                 annotations.append({"id": len(annotations) + 1, "image_id": len(images), **thing})
         elif not where:
-            table.add_row(Text(result.source), Text(names(result.answer)))
+            table.add_row(Text(printable(result.source)), Text(names(result.answer)))
 
     for result in _tracked(model.predict_all(pictures), len(pictures), ""):
         if result.error:
@@ -166,7 +167,7 @@ def _run(
                     drawn = draw(result.picture, result.answer) if out else None
                 if drawn:  # in the place of a frame that cannot be decoded, the one before it
                     write(drawn)
-        table.add_row(Text(path), f"{len(images) - before} frames")
+        table.add_row(Text(printable(path)), f"{len(images) - before} frames")
 
     if as_json:
         first = 0 if isinstance(model, Segmenter) else 1
@@ -291,5 +292,5 @@ def _name_detections(found: Detections) -> str:
 
 
 def _name_segments(found: Segmentation) -> str:
-    shares = {name: share for name, share in found.shares().items() if name != BACKGROUND}
+    shares = {name: share for name, share in found.shares().items() if name != BACKGROUND and share >= SMALLEST}
     return ", ".join(f"{name} {share:.1%}" for name, share in shares.items()) or "nothing"

@@ -17,6 +17,8 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from zoo.printable import printable
+
 # Left out on purpose: formats that start another program or interpreter to decode (EPS, PDF, WMF).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 URL = re.compile(r"https?://", re.IGNORECASE)
@@ -34,7 +36,7 @@ class ImageError(ValueError):
         self.source, self.reason = source, reason
 
     def __str__(self) -> str:
-        return f"{self.source} {self.reason}"
+        return printable(f"{self.source} {self.reason}")
 
 
 class RemoteImage(str):
@@ -111,8 +113,15 @@ def find_images(paths: Sequence[str | os.PathLike], allow_urls: bool = False) ->
             reason = "is a folder without pictures." if os.path.isdir(path) else "matches no picture."
             failed.append(ImageError(path, reason))
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
+            found.setdefault(_real_path(file), file)
     return list(found.values()), failed
+
+
+def _real_path(file: str) -> str:
+    try:
+        return os.path.realpath(file)
+    except ValueError:  # no name that a file can have, which is said when it is read
+        return file
 
 
 def walk_files(path: str, wanted: Callable[[str], bool]) -> Iterator[str]:
@@ -174,10 +183,14 @@ def _open(source: str | os.PathLike | bytes | IO[bytes], name: str) -> IO[bytes]
             if not stat.S_ISREG(mode):  # opening a pipe would wait for its other end
                 raise ImageError(name, "is not a regular file.")
             file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
+        except ImageError:
+            raise
         except FileNotFoundError:
             raise ImageError(name, "does not exist.") from None
         except OSError as error:
             raise ImageError(name, f"cannot be opened: {error.strerror}.") from None
+        except ValueError:  # with a NUL, or half a character
+            raise ImageError(name, "is no name that a file can have.") from None
     else:
         data = source.read() if hasattr(source, "read") else source
         if not isinstance(data, bytes | bytearray):
@@ -203,6 +216,8 @@ def _decoding(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         raise ImageError(name, f"has more than {limit} pixels (PIL.Image.MAX_IMAGE_PIXELS) and was refused.") from None
+    except MemoryError:
+        raise ImageError(name, "does not fit into the memory.") from None
     except Exception as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise ImageError(name, f"is damaged or cut short ({reason}).") from error

@@ -1,8 +1,10 @@
 """The names of the classes that a model tells apart."""
 
 import json
+import os
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
@@ -26,6 +28,22 @@ def label_names(model: nn.Module) -> list[str] | None:
         return list(names)
     subset = infer_imagenet_subset({"num_classes": num_classes})
     return list(_imagenet(subset)) if subset else None
+
+
+def read_labels(path: str | os.PathLike) -> list[str]:
+    """Class names from a text file in UTF-8 with one name on each line.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is empty or no such text.
+    """
+    try:
+        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: expected one class name on each line.") from error
+    if not names:
+        raise ValueError(f"{path} is empty: expected one class name on each line.")
+    return names
 
 
 @lru_cache

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from zoo.printable import printable
+
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 # Quantized tensors become placeholders, but their storages lie between the others in an old file and must be measured.
 STORAGE_DTYPES = {
@@ -61,6 +63,9 @@ MAX_DIMS = 64
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit; the message is one sentence for the user."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # it may hold names from the file
 
 
 class Inert(dict):

@@ -17,6 +17,7 @@ from pycocotools import mask as coco
 import zoo
 from zoo.checkpoints import save_checkpoint
 from zoo.cli import app
+from zoo.dense_cli import _name_segments
 from zoo.detector import Detections, Detector
 from zoo.drawing import draw_detections, draw_segmentation
 from zoo.images import ImageError
@@ -328,3 +329,16 @@ def test_drawings_are_seen_on_dark_and_light(shade):
     assert np.array_equal(np.asarray(draw_detections(picture, nothing)), np.asarray(picture))
     drawn = np.asarray(draw_segmentation(picture, Segmentation(mask[0].astype(int), ("background", "thing"))))
     assert np.abs(drawn[70, 60].astype(int) - shade).max() > 60 and (drawn[10, 10] == shade).all()
+
+
+def test_specks_of_a_class_are_coloured_but_not_named():
+    picture = Image.new("RGB", (100, 100), "white")
+    labels = np.zeros((100, 100), int)
+    labels[20:22, 20:22] = 1  # 4 of 10,000 pixels
+    speck = Segmentation(labels, ("background", "thing"))
+    drawn = np.asarray(draw_segmentation(picture, speck)).astype(int)
+    assert (drawn[20:22, 20:22] < 200).any() and (drawn != 255).any(-1).sum() == 4
+    assert _name_segments(speck) == "nothing"
+    labels[20:30, 20:30] = 1
+    assert _name_segments(speck) == "thing 1.0%"
+    assert (np.asarray(draw_segmentation(picture, speck)) != 255).any(-1).sum() > 100
