@@ -6,6 +6,7 @@ from typing import Any
 from zoo.mllm.accelerate import Acceleration, accelerate
 from zoo.mllm.agla import AGLA
 from zoo.mllm.blip import BlipMatcher
+from zoo.mllm.cost import Cost, plan_cost
 from zoo.mllm.families import register_family
 from zoo.mllm.flops import DecoderShape, kv_bytes, prefill_flops
 from zoo.mllm.layout import TokenLayout
@@ -31,6 +32,7 @@ __all__ = [
     "YOPO",
     "Acceleration",
     "BlipMatcher",
+    "Cost",
     "DecoderShape",
     "DivPrune",
     "FastV",
@@ -57,6 +59,7 @@ __all__ = [
     "kv_bytes",
     "load",
     "p_sigmoid",
+    "plan_cost",
     "prefill_flops",
     "register_family",
 ]

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -11,13 +13,13 @@ from torch import Tensor, nn
 from zoo.mllm import masks
 from zoo.mllm.attention import Probe, Watch, register, watch
 from zoo.mllm.base import Method, Scene, Step, cache_in
-from zoo.mllm.families import check_family, image_tokens
+from zoo.mllm.families import ACCELERATED, check_family, image_tokens, warn_of_version
 from zoo.mllm.kept import Kept, hide, layout_of, mask_of, take_mask
 from zoo.mllm.layout import TokenLayout
 from zoo.mllm.mod import MoD
 from zoo.mllm.plots import draw_kept
 from zoo.mllm.prefill import Cut, Prefill, Stopwatch
-from zoo.mllm.reduce import parse_reductions
+from zoo.mllm.reduce import in_order, parse_reductions
 
 GATE = "zoo_gate"  # argument of a layer that it hands on to its attention
 PREFILL = "zoo_prefill"  # argument of the layers; and attribute of a cache, so that copies of it can be decoded with
@@ -43,24 +45,23 @@ class Acceleration:
         self._decoding: Prefill | None = None
         self._length = 0  # of the sequence so far, while it is decoded
         self._attention = self._decoder.config._attn_implementation
+        self._flash = self._attention.startswith("flash_attention")  # which is left as it is, and takes flat masks
         self._probes: dict[tuple[int, Step], tuple[Probe, Watch]] = {}
         self._gates: dict[int, Tensor] = {}
         self._whole: dict[int, Tensor] = {}  # hidden states of layers that skip tokens, while they run
         self._inner: dict[int, Kept] = {}
         # Of a method, what its own hooks leave for it.
         self._methods: list[tuple[Method, dict[Any, Any]]] = [(method, {}) for method in methods]
-        steps = [
-            (step, number) for number, method in enumerate(methods) for step in method.steps(len(self._decoder.layers))
-        ]
-        # What works on the tower comes first, and then all in the order in which they were given.
-        self._steps: list[tuple[Step, int]] = sorted(steps, key=lambda one: (one[0].layer, not one[0].needs_tower))
+        self._steps = in_order(methods, len(self._decoder.layers))
         self._check()
         self._routing = routing = depth.attach(self._decoder) if depth else set()
         self._check_together()
+        towers = self._towers() if any(method.needs_tower for method in methods) else []
         register()
-        self._decoder.set_attn_implementation(f"zoo_{self._attention}")
-        self._towers = self._watch_tower() if any(method.needs_tower for method in methods) else {}
+        setattr(self._decoder, ACCELERATED, True)
         self._handles = [
+            _Undo(partial(delattr, self._decoder, ACCELERATED)),
+            *(_attend(part) for part in (*towers, *(() if self._flash else (self._decoder,)))),
             model.base_model.register_forward_pre_hook(self._see_inputs, with_kwargs=True),
             model.base_model.register_forward_hook(self._see_end),
             self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -92,10 +93,6 @@ class Acceleration:
         self._forget_probes()  # of a pass that an error ended
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            self._decoder.set_attn_implementation(self._attention)
-            for tower, attention in self._towers.items():
-                tower.set_attn_implementation(attention)
         self._handles = []
 
     def report(self) -> dict[str, Any]:
@@ -163,12 +160,16 @@ class Acceleration:
                 raise ValueError(f"{_name(step)}: layer is {step.layer}, but the decoder has {layers} layers.")
         if not self._tokens:
             raise ValueError("The model's config names no image token: set image_token_id in it.")
-        if self._attention.startswith("zoo_"):
+        if hasattr(self._decoder, ACCELERATED):
             raise ValueError("The model is accelerated already: call remove() of what accelerate() returned, first.")
-        if self._attention not in ("sdpa", "eager"):
+        if not self._flash and self._attention not in ("sdpa", "eager"):
             raise ValueError(
-                f"The model uses the attention {self._attention!r}, which takes no custom mask and shows no scores: "
-                "load it with attn_implementation='sdpa'."
+                f"The model uses the attention {self._attention!r}, expected SDPA, eager or FlashAttention: load it "
+                "with attn_implementation='sdpa'."
+            )
+        if len(devices := {parameter.device for parameter in self._decoder.parameters()}) > 1:
+            raise ValueError(
+                f"The decoder is spread over {', '.join(sorted(map(str, devices)))}: load it on one device."
             )
         if self.mask not in masks.RULES:
             raise ValueError(f"mask is {self.mask!r}, expected one of {', '.join(masks.RULES)}.")
@@ -177,14 +178,28 @@ class Acceleration:
 
     def _check_together(self) -> None:
         methods = [method for method, _ in self._methods]
+        if self._flash:
+            looking = [method for method in methods if method.needs_attention]
+            looking += [method for method, _ in self._overriding("before_layer")]
+            needs = f"The mask {self.mask}" if self.mask != "causal" else _name(looking[0]) if looking else ""
+            if needs:
+                raise ValueError(
+                    f"{needs} needs an attention that takes custom masks and shows its scores, but the model uses "
+                    f"{self._attention!r}: load it with attn_implementation='sdpa'."
+                )
         towers = [_name(method) for method in methods if method.needs_tower]
         if len(towers) > 1:
             raise ValueError(f"{towers[0]} and {towers[1]} both work on the vision tower: take one of them.")
         for method in methods:
             if self.mask != "causal" and method.needs_causal:
                 raise ValueError(f"{_name(method)} and mask={self.mask!r} both say what is seen: take one of them.")
-        if self._routing and (changing := self._overriding("before_layer")):
-            raise ValueError(f"{_name(changing[0][0])} and MoD both change what a layer computes: take one of them.")
+        changing = [_name(method) for method, _ in self._overriding("before_layer")]
+        if len(set(changing)) < len(changing):
+            raise ValueError(f"There are two methods {max(changing, key=changing.count)}: give one that does all.")
+        if self.depth and self.depth.positions == "compact" and self.model.config.model_type.startswith("qwen"):
+            raise ValueError("MoD: positions of Qwen's models have several axes: take positions='keep'.")
+        if self._routing and changing:
+            raise ValueError(f"{changing[0]} and MoD both change what a layer computes: take one of them.")
         for step, _ in self._steps:
             if not step.needs_attention:
                 continue
@@ -199,21 +214,19 @@ class Acceleration:
         """The methods that have a hook of their own, with their memory."""
         return [one for one in self._methods if getattr(type(one[0]), hook) is not getattr(Method, hook)]
 
-    def _watch_tower(self) -> dict[nn.Module, str]:
-        """Let the vision tower run with an attention that can be watched; the towers, and what they ran with."""
-        decoder = set(self._decoder.modules())
-        towers = {
-            module: module.config._attn_implementation
+    def _towers(self) -> list[nn.Module]:
+        """What is beside the decoder and attends, and can be watched."""
+        towers = [
+            module
             for module in self.model.base_model.children()
-            if module not in decoder and hasattr(module, "set_attn_implementation")
-        }
-        for tower, attention in towers.items():
+            if hasattr(module, "set_attn_implementation") and self._decoder not in set(module.modules())
+        ]
+        for attention in (tower.config._attn_implementation for tower in towers):
             if attention not in ("sdpa", "eager"):
                 raise ValueError(
                     f"The vision tower uses the attention {attention!r}, which shows no scores: load the model with "
-                    "attn_implementation='sdpa'."
+                    "attn_implementation='sdpa', or {'vision_config': 'sdpa', ...}."
                 )
-            tower.set_attn_implementation(f"zoo_{attention}")
         return towers
 
     def _see_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -315,7 +328,8 @@ class Acceleration:
             choice = step.select(Scene(layout, hidden, attention, entered, layer, rotary, memory))
             if choice is None:
                 continue
-            cut = Cut(Kept.of(choice.keep & layout.valid), choice.mix)
+            last = torch.arange(layout.valid.shape[1], device=hidden.device) == layout.last[:, None]
+            cut = Cut.by(choice, (choice.keep | last) & layout.valid)  # the answer starts from the last token
             cuts.append(cut)
             layout, hidden = layout_of(layout, cut.kept), cut.of(hidden)
             rotary = None if rotary is None else tuple(cut.kept.take(x) for x in rotary)
@@ -390,7 +404,9 @@ class Acceleration:
                 prefill.kept[number] = prefill.cached[number] = kept
         self._probe(number, prefill)
         kept = prefill.kept.get(number)
-        return (hidden, *args[1:]), kwargs if kept is None else _part(kwargs, kept, prefill.length)
+        if self._flash and (kept is not None or prefill.before is not None):
+            kwargs["position_ids"] = None  # rotary embeddings are there already, and gaps would be read as packing
+        return (hidden, *args[1:]), kwargs if kept is None else _part(kwargs, kept, prefill.length, self._flash)
 
     def _probe(self, number: int, prefill: Prefill) -> None:
         """Have a layer tell what the steps before the next one want to see."""
@@ -410,18 +426,29 @@ class Acceleration:
         logits = router(layer.input_layernorm(hidden).to(router.weight.dtype))
         gate = logits.softmax(-1)[..., 1:].to(hidden.dtype)
         self._whole.pop(number, None)
+        compact = self.depth.positions == "compact"
         if prefill is None:
+            if compact and self._decoding:
+                prompt = self._decoding.stored(number, None)[1].valid.sum(1, keepdim=True)
+                kwargs = self._numbered(kwargs, hidden, prompt + self._length - self._decoding.length - 1)
             return args, {**kwargs, GATE: gate}
         layout = prefill.layout_at(number)
         if number not in prefill.routed:
             prefill.routed[number] = (logits, self.depth.route(logits, layout))
         keep = prefill.routed[number][1]
+        if compact:
+            kwargs = self._numbered(kwargs, hidden, ((keep & layout.valid).cumsum(1) - 1).clamp(min=0))
         if not (layout.is_image & ~keep).any():
             return args, {**kwargs, GATE: gate}
         inner, given = Kept.of(keep & layout.valid), prefill.kept.get(number)
         prefill.cached[number] = inner if given is None else given.then(inner)
         self._whole[number], self._inner[number] = hidden, inner
-        return (inner.take(hidden), *args[1:]), {**_part(kwargs, inner, hidden.shape[1]), GATE: inner.take(gate)}
+        kwargs = _part(kwargs, inner, hidden.shape[1], self._flash)
+        return (inner.take(hidden), *args[1:]), {**kwargs, GATE: inner.take(gate)}
+
+    def _numbered(self, kwargs: dict[str, Any], hidden: Tensor, positions: Tensor) -> dict[str, Any]:
+        """The arguments of a layer, with its tokens at other positions (B, L)."""
+        return {**kwargs, "position_embeddings": self._decoder.rotary_emb(hidden, position_ids=positions)}
 
     def _receive_gate(self, number: int) -> Callable:
         """The gate comes with the arguments, so that a checkpointed layer finds its own when it is computed again."""
@@ -449,16 +476,11 @@ class Acceleration:
         return hook
 
     def _decode_layer(self, number: int, prefill: Prefill, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        kept = prefill.cached.get(number)
-        stored = getattr(cache_in(kwargs).layers[number], "kept", None)  # of a cache that evicts
-        if stored is not None:
-            kept = stored if kept is None else kept.then(stored)
+        kept, layout = prefill.stored(number, getattr(cache_in(kwargs).layers[number], "kept", None))
         if kept is not None:
             kwargs = self._part_of_mask(kept, hidden, kwargs)
-        if takers := self._overriding("before_decoding"):
-            layout = prefill.entering if kept is None else layout_of(prefill.entering, kept)
-            for method, memory in takers:
-                kwargs = method.before_decoding(number, layout, kwargs, memory)
+        for method, memory in self._overriding("before_decoding"):
+            kwargs = method.before_decoding(number, layout, kwargs, memory)
         return kwargs
 
     def _part_of_mask(self, kept: Kept, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -472,6 +494,9 @@ class Acceleration:
         if mask is None and kept.all_valid:
             return kwargs
         past, batch = self._decoding.length, len(kept.valid)
+        if self._flash:
+            mask = torch.ones(batch, self._length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+            return {**kwargs, "attention_mask": torch.cat([kept.take(mask[:, :past]) & kept.valid, mask[:, past:]], 1)}
         if mask is None:
             mask = torch.ones(batch, 1, 1, self._length, dtype=torch.bool, device=hidden.device)
         mask = mask.expand(batch, -1, -1, -1)
@@ -493,6 +518,8 @@ class Acceleration:
             from zoo.mllm.mixed_cache import cache_bytes
 
             setattr(cache, PREFILL, prefill)
+            if self._changes:
+                cache.crop = _refuse_crop
             prefill.kv_bytes = cache_bytes(cache)
         inner = prefill.kept.get(len(self._decoder.layers) - 1)
         kept = prefill.before if inner is None else inner if prefill.before is None else prefill.before.then(inner)
@@ -514,16 +541,38 @@ class Acceleration:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+@dataclass
+class _Undo:
+    """Like the handle of a hook."""
+
+    remove: Callable[[], None]
+
+
+def _attend(module: nn.Module) -> _Undo:
+    """Let a model attend in a way that can be watched and replaced."""
+    attention = module.config._attn_implementation
+    module.set_attn_implementation(f"zoo_{attention}")
+    return _Undo(partial(module.set_attn_implementation, attention))
+
+
+def _refuse_crop(tokens: int) -> None:
+    """What candidates of an answer came with would have been taken for the prompt's end."""
+    raise ValueError(
+        "The cache of an accelerated model cannot be cut back: generate without an assistant model and without "
+        "prompt_lookup_num_tokens."
+    )
+
+
 def _name(method: Method) -> str:
     return type(method).__name__
 
 
-def _part(kwargs: dict[str, Any], kept: Kept, length: int) -> dict[str, Any]:
-    """The arguments of a layer for a part of its `length` tokens."""
+def _part(kwargs: dict[str, Any], kept: Kept, length: int, flat: bool) -> dict[str, Any]:
+    """The arguments of a layer for a part of its `length` tokens; flat as of ``mask_of``."""
     kwargs = {**kwargs, "position_embeddings": tuple(kept.take(x) for x in kwargs["position_embeddings"])}
     if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = kept.take(kwargs["position_ids"])
-    kwargs["attention_mask"] = mask_of(kwargs.get("attention_mask"), kept, length)
+        kwargs["position_ids"] = None if flat else kept.take(kwargs["position_ids"])
+    kwargs["attention_mask"] = mask_of(kwargs.get("attention_mask"), kept, length, flat)
     return kwargs
 
 
@@ -540,8 +589,9 @@ def accelerate(
     and the key-value cache shrink. With everything kept the outputs are those of the plain model, bit by bit.
 
     Args:
-        model: LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, InternVL, SmolVLM or Idefics3 of transformers, with SDPA or
-            eager attention.
+        model: LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen2.5-VL, InternVL, SmolVLM or Idefics3 of transformers, or a
+            ``VisionLanguageModel``, with SDPA or eager attention; with FlashAttention if nothing needs the scores of
+            the attention or another mask.
         reduce: a method or several, as an object or as text: ``"fastv:layer=2,keep=0.5"``; see ``zoo.mllm.reduce``.
         depth: layers that process part of the visual tokens only; its router is trained with the model.
         mask: "causal", "mma", "mma_mutual", "framewise" or "composite"; see ``zoo.mllm.masks``.
@@ -555,4 +605,5 @@ def accelerate(
         ValueError: the model's family, its attention or an option is not supported.
     """
     check_family(model)
+    warn_of_version()
     return Acceleration(model, parse_reductions(reduce), depth, mask, list(prompt_end))

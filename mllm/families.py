@@ -1,8 +1,14 @@
 """Where the parts of a Hugging Face multimodal model are."""
 
+import re
+import warnings
+from functools import cache
 from typing import Any
 
 from torch import nn
+
+ACCELERATED = "zoo_accelerated"  # attribute of a decoder while it is
+TESTED = ((5, 17), (5, 24))  # versions of transformers, the oldest and the newest
 
 # These name their decoder, its layers and their image tokens alike; the others are refused until someone has looked.
 FAMILIES = {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl", "smolvlm", "idefics3", "zoo_vlm"}
@@ -24,6 +30,21 @@ def check_family(model: nn.Module) -> None:
         raise ValueError(
             f"The model is of the family {family!r}, expected one of {', '.join(sorted(FAMILIES))}: if its decoder is "
             f"built as theirs, call zoo.mllm.register_family({family!r}) first."
+        )
+
+
+@cache
+def warn_of_version() -> None:
+    """Warn, once, of a version of transformers with which nothing of this was tested."""
+    import transformers
+
+    found = tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2]))
+    if not TESTED[0] <= found <= TESTED[1]:
+        oldest, newest = (".".join(map(str, version)) for version in TESTED)
+        warnings.warn(
+            f"transformers {transformers.__version__} was not tested with zoo.mllm, {oldest} to {newest} were: install "
+            f"'transformers>={oldest},<={newest}.*' if something fails.",
+            stacklevel=3,
         )
 
 

@@ -66,10 +66,19 @@ def layout_of(layout: TokenLayout, kept: Kept) -> TokenLayout:
     return TokenLayout(valid, torch.where(valid, kept.take(layout.image), -1), end)
 
 
-def mask_of(mask: Tensor | None, kept: Kept, length: int) -> Tensor | None:
-    """The mask of an attention over the kept ones of so many tokens; None, before and after, for a causal one."""
+def mask_of(mask: Tensor | None, kept: Kept, length: int, flat: bool = False) -> Tensor | None:
+    """The mask of an attention over the kept ones of so many tokens; None, before and after, for a causal one.
+
+    Args:
+        mask: (B or 1, 1, L, L); or flat (B, L), True where a causal attention may look.
+        kept: the tokens.
+        length: L.
+        flat: whether the attention takes flat masks.
+    """
     if mask is None and kept.all_valid:
         return None
+    if flat:
+        return kept.valid  # padding is never kept
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=kept.index.device).tril()[None, None]
     return take_mask(mask, kept)

@@ -6,6 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.quantization_config import GgufConfig
+
 PACKAGE = "package:"
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -37,7 +40,7 @@ def locate(source: str | os.PathLike) -> str:
     return source
 
 
-def load_language_model(source: str | os.PathLike, **kwargs: Any) -> Any:
+def load_language_model(source: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """The causal language model of a source, as ``transformers.AutoModelForCausalLM`` loads it.
 
     The weights of a GGUF file are dequantised: the result is an ordinary model, in float32 unless ``dtype`` is given.
@@ -49,9 +52,6 @@ def load_language_model(source: str | os.PathLike, **kwargs: Any) -> Any:
     Raises:
         ImportError: a GGUF file is given, but the package gguf is missing.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import GgufConfig
-
     path, gguf = _gguf(locate(source))
     if gguf:
         kwargs = {"dtype": "float32", "quantization_config": GgufConfig(dequantize=True), **gguf, **kwargs}
@@ -60,8 +60,6 @@ def load_language_model(source: str | os.PathLike, **kwargs: Any) -> Any:
 
 def load_tokenizer(source: str | os.PathLike) -> Any:
     """The tokenizer of a source, as ``transformers.AutoTokenizer`` loads it."""
-    from transformers import AutoTokenizer
-
     path, gguf = _gguf(locate(source))
     return AutoTokenizer.from_pretrained(path, **gguf)
 

@@ -106,8 +106,6 @@ class MixedLayer(DynamicLayer):
         low: bits for the others; 0 leaves them out.
     """
 
-    is_croppable = False
-
     def __init__(self, filled: DynamicLayer, important: Tensor, valid: Tensor, high: int, low: int) -> None:
         super().__init__()
         states = (filled.keys, filled.values)
@@ -150,10 +148,6 @@ class MixedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """The tokens that were appended, also those that are no longer stored."""
         return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Not supported."""
-        raise ValueError("ZipVL's cache cannot be cut back: generate without an assistant model.")
 
     def reset(self) -> None:
         """Not supported."""

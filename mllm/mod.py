@@ -28,6 +28,8 @@ class MoD(nn.Module):
         threshold: of p. The published checkpoints take 0.005.
         gate: multiply the MLP's output by p.
         aux_weight: of ``loss``.
+        positions: "keep" for those of the prompt; "compact" numbers the tokens of each layer that routes from 0 on, as
+            the published checkpoints were trained.
     """
 
     def __init__(
@@ -38,31 +40,42 @@ class MoD(nn.Module):
         threshold: float = 0.5,
         gate: bool = True,
         aux_weight: float = 0.01,
+        positions: Literal["keep", "compact"] = "keep",
     ) -> None:
         super().__init__()
         if not 0 <= ratio < 1:
             raise ValueError(f"MoD: ratio is {ratio}, expected at least 0 and less than 1.")
         if select not in ("topk", "threshold"):
             raise ValueError(f"MoD: select is {select!r}, expected 'topk' or 'threshold'.")
+        if positions not in ("keep", "compact"):
+            raise ValueError(f"MoD: positions is {positions!r}, expected 'keep' or 'compact'.")
         if layers is not None and 0 in layers:
             raise ValueError("MoD: layer 0 cannot route, because its cache tells the length of what came before.")
         self.ratio, self.layers, self.select, self.threshold = ratio, layers, select, threshold
-        self.gate, self.aux_weight = gate, aux_weight
+        self.gate, self.aux_weight, self.positions = gate, aux_weight, positions
         self.router: nn.Linear | None = None  # its width is the model's
 
     def attach(self, decoder: nn.Module) -> set[int]:
         """Make the router for a decoder, unless there is one, and say which of its layers route."""
-        count, dim = len(decoder.layers), decoder.config.hidden_size
-        layers = set(range(3, count - 1) if self.layers is None else self.layers)
-        if not all(0 < layer < count for layer in layers):
-            raise ValueError(f"MoD: layers are {sorted(layers)}, but the decoder has layers 1 to {count - 1} to route.")
-        if not layers:
-            raise ValueError(f"MoD: no layer of a decoder with {count} layers is left to route: give layers.")
+        layers, dim = self.routing(len(decoder.layers)), decoder.config.hidden_size
         parameter = next(decoder.parameters())
         if self.router is None:
             self.router = nn.Linear(dim, 2, bias=False, device=parameter.device, dtype=parameter.dtype)
         if self.router.in_features != dim:
             raise ValueError(f"MoD: the router is {self.router.in_features} wide, but the decoder's width is {dim}.")
+        return layers
+
+    def routing(self, count: int) -> set[int]:
+        """Which of so many layers route.
+
+        Raises:
+            ValueError: there are no such layers, or none is left.
+        """
+        layers = set(range(3, count - 1) if self.layers is None else self.layers)
+        if not all(0 < layer < count for layer in layers):
+            raise ValueError(f"MoD: layers are {sorted(layers)}, but the decoder has layers 1 to {count - 1} to route.")
+        if not layers:
+            raise ValueError(f"MoD: no layer of a decoder with {count} layers is left to route: give layers.")
         return layers
 
     def route(self, logits: Tensor, layout: TokenLayout) -> Tensor:

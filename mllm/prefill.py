@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.mllm.base import Step
+from zoo.mllm.base import Choice, Step
 from zoo.mllm.kept import Kept, layout_of
 from zoo.mllm.layout import TokenLayout
 
@@ -18,18 +18,27 @@ class Cut:
 
     Attributes:
         kept: the tokens that stay.
-        mix: (B, L, L), see ``Choice``.
+        merged: those of which something else becomes; None for none.
+        weights: (B, R, L), of all tokens in what each merged one becomes.
     """
 
     kept: Kept
-    mix: Tensor | None = None
+    merged: Kept | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def by(cls, choice: Choice, keep: Tensor) -> "Cut":
+        """From a choice, of which these (B, L) stay."""
+        if choice.mix is None:
+            return cls(Kept.of(keep))
+        itself = torch.eye(keep.shape[1], dtype=choice.mix.dtype, device=keep.device)
+        merged = Kept.of((choice.mix != itself).any(-1))
+        return cls(Kept.of(keep), merged, merged.take(choice.mix))
 
     def of(self, hidden: Tensor) -> Tensor:
         """(B, M, C) of (B, L, C): merged where it says so, the others bit by bit as they were."""
-        if self.mix is not None:
-            itself = torch.eye(hidden.shape[1], dtype=self.mix.dtype, device=hidden.device)
-            changed = (self.mix != itself).any(-1, keepdim=True)
-            hidden = torch.where(changed, self.mix.to(hidden.dtype) @ hidden, hidden)
+        if self.merged is not None:
+            hidden = self.merged.put(self.weights.to(hidden.dtype) @ hidden, hidden)
         return self.kept.take(hidden)
 
 
@@ -48,6 +57,8 @@ class Prefill:
         cached: of what is before the decoder, what each layer processes and puts into its cache; missing for all.
         cuts: what the steps before each layer do to what it is handed. Decided once: a checkpointed layer is computed
             again for its gradients.
+        decoded: for each layer, what its cache leaves out by itself, and then what is stored of what is before the
+            decoder, None for all, with its layout.
         extras: what methods add to the report.
         kv_bytes: of the cache, after the prefill.
         prefill: its time.
@@ -62,6 +73,7 @@ class Prefill:
     routed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cached: dict[int, Kept] = field(default_factory=dict)
     cuts: dict[int, list[Cut]] = field(default_factory=dict)
+    decoded: dict[int, tuple[Kept | None, Kept | None, TokenLayout]] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     kv_bytes: int | None = None
     prefill: "Stopwatch | None" = None
@@ -81,6 +93,21 @@ class Prefill:
         """The layout of what a layer processes."""
         kept = self.cached.get(number)
         return self.entering if kept is None else layout_of(self.entering, kept)
+
+    def stored(self, number: int, evicted: Kept | None) -> tuple[Kept | None, TokenLayout]:
+        """What the cache of a layer has of what is before the decoder, None for all, and its layout.
+
+        Args:
+            number: of the layer.
+            evicted: what the cache itself keeps of what the layer processed; None for all.
+        """
+        if number not in self.decoded or self.decoded[number][0] is not evicted:
+            kept = self.cached.get(number)
+            if evicted is not None:
+                kept = evicted if kept is None else kept.then(evicted)
+            layout = self.entering if kept is None else layout_of(self.entering, kept)
+            self.decoded[number] = evicted, kept, layout
+        return self.decoded[number][1:]
 
     def places(self, row: int, layers: int) -> Tensor:
         """(layers, L) bool: which tokens of a row's prompt each layer processes."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.mllm.base import Method, Reduction, Scene, share_of
+from zoo.mllm.base import Method, Reduction, Scene, Step, share_of
 from zoo.mllm.prumerge import PruMerge
 from zoo.mllm.pyramiddrop import PyramidDrop
 from zoo.mllm.sparsevlm import SparseVLM
@@ -50,7 +50,7 @@ class Uniform(Reduction):
 
 @dataclass(frozen=True)
 class Random(Reduction):
-    """Tokens drawn at random, the same for the same seed and lengths: the other baseline.
+    """Tokens drawn at random, the same of all pictures of one size for the same seed: the other baseline.
 
     Attributes:
         seed: of the draw.
@@ -59,9 +59,13 @@ class Random(Reduction):
     seed: int = 0
 
     def scores(self, scene: Scene) -> Tensor:
-        """Uniform random numbers, drawn on the CPU so that every device drops the same."""
+        """Uniform random numbers for the first visual token of a row, the second and so on.
+
+        They are drawn on the CPU, so that every device drops the same; neither padding nor other rows matter.
+        """
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(scene.layout.valid.shape, generator=generator).to(scene.hidden.device)
+        draw = torch.rand(scene.layout.valid.shape[1] + 1, generator=generator).to(scene.hidden.device)
+        return draw[scene.layout.is_image.cumsum(1)]
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,15 @@ def parse_reductions(reduce: str | Method | Sequence[str | Method]) -> list[Meth
     several = [reduce] if isinstance(reduce, str | Method) else reduce
     methods = [parse_reduction(one) if isinstance(one, str) else one for one in several]
     return [method for method in methods if not method.is_identity]
+
+
+def in_order(methods: Sequence[Method], layers: int) -> list[tuple[Step, int]]:
+    """The steps of the methods in a decoder of so many layers, each with its method's number.
+
+    By layer; what works on the tower comes first, and then all in the order in which they were given.
+    """
+    steps = [(step, number) for number, method in enumerate(methods) for step in method.steps(layers)]
+    return sorted(steps, key=lambda one: (one[0].layer, not one[0].needs_tower))
 
 
 def _read(kind: Any, value: str) -> Any:

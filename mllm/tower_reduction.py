@@ -90,8 +90,18 @@ class TowerReduction(Step):
         return rows.view_as(features), keep
 
     def select(self, scene: Scene) -> Choice:
-        """Drop what was marked."""
-        return Choice(~scene.layout.is_image | (scene.hidden != DROPPED).any(-1))
+        """Drop what was marked.
+
+        Raises:
+            ValueError: the last token of a row was.
+        """
+        dropped = scene.layout.is_image & (scene.hidden == DROPPED).all(-1)
+        if dropped.gather(1, scene.layout.last[:, None]).any():
+            raise ValueError(
+                f"{type(self).__name__} drops the last token of a prompt, from which the answer starts: put text "
+                "behind its last picture."
+            )
+        return Choice(~dropped)
 
     def visual_tokens(self, visual: float, entered: float, text: float) -> float:
         """The share, rounded up."""

@@ -23,7 +23,7 @@ def save_trained(folder: str | os.PathLike, handle: Acceleration) -> None:
     settings: dict[str, Any] = {"mask": handle.mask, "prompt_end": list(handle.prompt_end), "mod": None}
     if depth is not None:
         layers = None if depth.layers is None else list(depth.layers)
-        settings["mod"] = {"ratio": depth.ratio, "layers": layers, "gate": depth.gate}
+        settings["mod"] = {"ratio": depth.ratio, "layers": layers, "gate": depth.gate, "positions": depth.positions}
         part = folder / f".{ROUTER}.{os.getpid()}.part"
         safetensors.torch.save_file({"weight": depth.router.weight.detach().float().cpu().contiguous()}, part)
         os.replace(part, folder / ROUTER)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.mllm.families import check_family
+from zoo.mllm.families import ACCELERATED, check_family
 from zoo.mllm.look import frozen, looking
 from zoo.mllm.prompts import Picture, encode, generate, message
 from zoo.mllm.views import whole_pixels, whole_view
@@ -67,7 +67,7 @@ class ViCrop:
         Raises:
             ValueError: the model is accelerated.
         """
-        if self.model.get_decoder().config._attn_implementation.startswith("zoo_"):
+        if hasattr(self.model.get_decoder(), ACCELERATED):
             raise ValueError("ViCrop needs the attention of the plain model: call remove() of accelerate() first.")
         down, across = math.ceil(picture.height / PIECE), math.ceil(picture.width / PIECE)
         pieces = [[self._importance(part, question) for part in row] for row in _pieces(picture, down, across)]
@@ -118,7 +118,8 @@ class ViCrop:
         return found if gradient else found / self._attention(self._inputs(picture, GENERAL)).clamp_min(1e-12)
 
     def _inputs(self, picture: Picture, question: str) -> dict[str, Tensor]:
-        if self.model.config.model_type == "llava":  # whose processor may cut the sides off: squeezed, all is seen
+        # Processors that cut the sides off, or add some: squeezed, the picture is all that is seen.
+        if self.model.config.model_type in ("llava", "zoo_vlm"):
             picture = picture.resize((max(picture.size),) * 2)
         with torch.inference_mode(False):
             return dict(encode(self.model, self.processor, [[message("user", question, [picture])]]))

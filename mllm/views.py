@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.mllm.families import image_tokens
 
-TILE_FIRST = {"llava", "llava_next"}  # the tile with the whole picture comes first; elsewhere last
+TILE_FIRST = {"llava", "llava_next", "zoo_vlm"}  # the tile with the whole picture comes first; elsewhere last
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,14 @@ def whole_pixels(config: Any, inputs: Mapping[str, Tensor], values: Tensor) -> T
 
 def _grid(config: Any, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
     """Rows and columns of the tokens."""
-    family, vision = config.model_type, config.vision_config
+    family = config.model_type
+    if family == "zoo_vlm":
+        projector, _, options = config.projector.partition(":")
+        if projector == "resampler":
+            raise ValueError("The tokens of a resampler belong to no part of a picture: take another projector.")
+        factor = int(options.partition("=")[2] or 2) if projector == "pixel_shuffle" else 1
+        return config.grid[0] // factor, config.grid[1] // factor
+    vision = config.vision_config
     if family.startswith("qwen"):
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         return rows // vision.spatial_merge_size, columns // vision.spatial_merge_size

@@ -160,7 +160,7 @@ class ZipVL(Method):
                 allowed = allowed & allowed_keys(mask, last, length)
             attention = attention_of(queries, key, allowed, kwargs["scaling"])[..., -latest:]
             window = allowed[..., -latest:]
-            stored.compress(self._largest(attention, window, window.any(1)) if self.low else window.any(1))
+            stored.compress(self._largest(attention, window, window.any(1)))
         return forward(module, query, key, value, mask, **kwargs)
 
     def important(self, query: Tensor, key: Tensor, mask: Tensor | None, valid: Tensor, scaling: float) -> Tensor:

@@ -75,12 +75,12 @@ def merged_by_layers(handle):
             if kept is not None:
                 places, valid = places.gather(1, kept.index), valid.gather(1, kept.index) & kept.valid
         for cut in cuts:
-            if cut.mix is not None:
+            if cut.merged is not None:
                 whole = torch.eye(length).repeat(batch, 1, 1)
                 for row in range(batch):
-                    inside = valid[row].nonzero()[:, 0]
-                    at = places[row, inside]
-                    whole[row, at[:, None], at] = cut.mix[row, inside[:, None], inside]
+                    inside, changed = valid[row].nonzero()[:, 0], cut.merged.valid[row]
+                    at = places[row, cut.merged.index[row, changed]]
+                    whole[row, at[:, None], places[row, inside]] = cut.weights[row, changed][:, inside]
                 found[number] = whole @ found[number] if number in found else whole
             places, valid = places.gather(1, cut.kept.index), valid.gather(1, cut.kept.index) & cut.kept.valid
     return found
@@ -145,7 +145,7 @@ def masked(model, inputs, seen, rule="causal", routing=None, plan=WHOLE, merged=
     if plan.ffn_ratio > 1:
         handles += [layer.mlp.register_forward_hook(fewer_neurons) for layer in decoder.layers]
     for number in routing[1] if routing else ():
-        handles += routed_layer(decoder.layers[number], routing[0], seen[number])
+        handles += routed_layer(decoder.layers[number], routing[0], seen[number], layout.valid, decoder.rotary_emb)
     try:
         return logits(model, inputs)
     finally:
@@ -154,16 +154,21 @@ def masked(model, inputs, seen, rule="causal", routing=None, plan=WHOLE, merged=
             handle.remove()
 
 
-def routed_layer(layer, depth, seen):
+def routed_layer(layer, depth, seen, valid, rotary):
     gate = []
 
     def enter(module, args, kwargs):
         gate[:] = [depth.router(module.input_layernorm(args[0])).softmax(-1)[..., 1:]]
+        if depth.positions == "compact":
+            positions = (processed() & valid).cumsum(1) - 1
+            kwargs = {**kwargs, "position_embeddings": rotary(args[0], position_ids=positions.clamp(min=0))}
+        return args, kwargs
+
+    def processed():
+        return torch.cat([seen, seen.new_ones(len(seen), valid.shape[1] - seen.shape[1])], 1)
 
     def leave(module, args, output):
-        answer = args[0].shape[1] - seen.shape[1]
-        processed = torch.cat([seen, seen.new_ones(len(seen), answer)], 1)
-        return torch.where(processed[..., None], output, args[0])
+        return torch.where(processed()[..., None], output, args[0])
 
     return [
         layer.register_forward_pre_hook(enter, with_kwargs=True),

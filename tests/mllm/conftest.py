@@ -131,3 +131,13 @@ def model(family):
 @pytest.fixture(scope="module")
 def batch(model, family):
     return lambda rows: batch_of(model, family, rows)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return make("llava")
+
+
+@pytest.fixture(scope="module")
+def llava_batch(llava):
+    return lambda rows: batch_of(llava, "llava", rows)

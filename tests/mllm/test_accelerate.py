@@ -67,15 +67,13 @@ def test_dropping_is_masking(model, batch, rows, reduce):
     assert lengths == [int(layer.sum(1).max()) + 2 if not layer.all() else last + 3 for layer in seen]
 
 
-def test_a_step_chooses_among_what_the_one_before_it_left(build, batch, family):
+def test_a_step_chooses_among_what_the_one_before_it_left(build, llava_batch):
     """Of each row: the best attended of the tokens that a random step keeps at the same layer."""
-    if family != "llava":
-        return
-    inputs, first = batch(3), "random:layer=2,keep=0.75"
+    inputs, first = llava_batch(3), "random:layer=2,keep=0.75"
     is_image = inputs["input_ids"] == IMAGE
     with torch.no_grad():
-        attention = build(family, "eager")(**inputs, output_attentions=True).attentions[1][:, :, -1].mean(1)
-    model, seen = build(family), []
+        attention = build("llava", "eager")(**inputs, output_attentions=True).attentions[1][:, :, -1].mean(1)
+    model, seen = build("llava"), []
     for reduce in (first, [first, "fastv:layer=2,keep=0.5"]):
         with accelerate(model, reduce) as handle:
             logits(model, inputs)
@@ -195,6 +193,23 @@ def test_mod_is_skipping(model, batch, rows, reduce, rule):
             p = routed[layer][0].softmax(-1)[0, :, 1]
             skipped = ~routed[layer][1][0]
             assert skipped.any() and p[skipped].max() <= p[routed[layer][1][0]].max()
+
+
+@pytest.mark.parametrize("reduce", [[], ["uniform:keep=0.75", "fastv:layer=2,keep=0.7"]], ids=["whole", "reduced"])
+@pytest.mark.parametrize("select", ["topk", "threshold"])
+def test_mod_as_the_published_checkpoints_have_it(llava, llava_batch, reduce, select):
+    """Their layers number the tokens that they process from 0 on, in the prompt and after it."""
+    inputs, answers = llava_batch(3), []
+    for positions in ("compact", "keep"):
+        torch.manual_seed(0)
+        depth = MoD(0.5, ROUTED, select, threshold=0.49, positions=positions)
+        with accelerate(llava, reduce, depth) as handle:
+            sequences, answer, _ = generated(llava, inputs)
+            seen = seen_by_layers(handle)
+        want = masked(llava, continued(inputs, sequences), seen, routing=(depth, ROUTED))
+        torch.testing.assert_close(answer, want[:, inputs["input_ids"].shape[1] - 1 : -1], atol=1e-5, rtol=1e-5)
+        answers.append(answer)
+    assert seen[1][:2].sum() > seen[2][:2].sum() and (answers[0] - answers[1])[:2].abs().max() > 1e-4
 
 
 def test_mod_trains_its_router(model, batch):

@@ -84,6 +84,7 @@ def test_wrong_options_are_named(build):
         ({"ratio": 1}, "ratio is 1, expected at least 0 and less than 1"),
         ({"select": "all"}, "select is 'all', expected 'topk'"),
         ({"layers": [0, 2]}, "layer 0 cannot route"),
+        ({"positions": "new"}, "positions is 'new', expected 'keep' or 'compact'"),
     ]:
         with pytest.raises(ValueError, match=message):
             MoD(**options)
@@ -93,6 +94,8 @@ def test_wrong_options_are_named(build):
         accelerate(model, depth=MoD(layers=[]))
     with pytest.raises(ValueError, match="FastV at layer 3 needs the attention of layer 2, in which MoD skips"):
         accelerate(model, FastV(layer=3), MoD(layers=[2]))
+    with pytest.raises(ValueError, match="positions of Qwen's models have several axes: take positions='keep'"):
+        accelerate(build("qwen2_vl"), depth=MoD(positions="compact"))
     with accelerate(model) as handle, pytest.raises(RuntimeError, match="There is no loss"):
         handle.loss()
     assert accelerate(model, depth=MoD()).remove() is None  # published layers: all but the first three and the last

@@ -55,10 +55,8 @@ def test_an_answer_does_not_rank(build, model, family, batch):
     assert images_of(seen_by_layers(handle)[2], is_image) == want
 
 
-def test_stages_are_nested_and_as_long_as_planned(build, batch, family):
-    if family != "llava":
-        return
-    model, inputs = build(family), batch(3)
+def test_stages_are_nested_and_as_long_as_planned(build, llava_batch):
+    model, inputs = build("llava"), llava_batch(3)
     method = PyramidDrop(0.5, (1, 2, 4))
     with accelerate(model, method) as handle:
         _, _, cache = generated(model, inputs)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_composed
 import tiny_processors as tiny
 import torch
 from PIL import Image
@@ -296,3 +297,29 @@ def test_what_is_wrong_is_named(build):
     processor.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         ViCrop(model, processor).boxes([tiny.picture()], [QUESTION])
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tiles": 4}, {"image_size": 64, "projector": "pixel_shuffle:factor=2"}])
+def test_a_composed_model_looks_and_answers(options):
+    """Where it looks is what eager attention says of the tile that shows all of a picture."""
+    model, processor = tiny_composed.compose(**options)
+    eager, _ = tiny_composed.compose(tiny_composed.language_model("eager"), **options)
+    wide = tiny_composed.picture(width=64, height=32)
+    found, maps = ViCrop(model, processor, layer=1).importance(wide, QUESTION), []
+    for question in (QUESTION, GENERAL):
+        inputs = ask(model, processor, wide.resize((64, 64)), question=question)
+        with torch.no_grad():
+            attention = eager(**inputs, output_attentions=True).attentions[1][0, :, -1].mean(0)
+        maps.append(attention[inputs["input_ids"][0] == model.config.image_token_id][:4].view(2, 2))
+    torch.testing.assert_close(found, maps[0] / maps[1], rtol=1e-4, atol=1e-6)
+    for method in ("rel-att", "grad-att", "pure-grad"):
+        look = ViCrop(model, processor, method, window=20)
+        boxes = look.boxes([wide], [QUESTION])
+        assert boxes[0] != (0, 0, *wide.size)
+        assert look.generate([wide], [QUESTION], boxes, min_new_tokens=3, max_new_tokens=3)[0]
+
+
+def test_a_resampler_has_no_view():
+    model, processor = tiny_composed.compose(projector="resampler:queries=4,depth=1")
+    with pytest.raises(ValueError, match="The tokens of a resampler belong to no part of a picture"):
+        ViCrop(model, processor).importance(tiny_composed.picture(), QUESTION)

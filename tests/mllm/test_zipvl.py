@@ -64,11 +64,9 @@ def test_eager_attention_gives_the_same(build, model, family, batch):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_is_as_it_is_alone(build, batch, family):
+def test_a_row_is_as_it_is_alone(build, llava_batch):
     """Padding and other rows have no say in who probes, who is important, and in what is stored of all alike."""
-    if family != "llava":
-        return
-    model, inputs = build(family), batch(3)
+    model, inputs = build("llava"), llava_batch(3)
     for plan in (ZipVL(0.9, 16, 0, recent=4, random=6), ZipVL(1.0, 8, 8)):
         with accelerate(model, plan):
             together = generated(model, inputs)[1]
@@ -171,14 +169,42 @@ def test_padding_has_no_say_in_how_coarse_numbers_are():
     assert torch.equal(read[:, :, 6:], states[:, :, :1])
 
 
-def test_half_of_the_memory_and_less(build, batch, family):
+@pytest.mark.parametrize("bits", [(8, 4), (16, 2), (8, 0)])
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda layer: layer.reorder_cache(torch.tensor([1, 1, 0])), [1, 1, 0]),
+        (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda layer: layer.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+    ],
+    ids=["reorder", "repeat", "select"],
+)
+def test_rows_change_their_places(bits, change, rows):
+    filled, generator = DynamicCache(), torch.Generator().manual_seed(0)
+    states = torch.randn(3, 2, 6, 8, generator=generator)
+    filled.update(states, states + 1, 0)
+    best = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0]]) > 0
+    layer = MixedLayer(filled.layers[0], best, torch.ones_like(best), *bits)
+    layer.update(states[:, :, :2], states[:, :, 1:3])
+    layer.queries.append(states[:, :, :1])
+    none = states[:, :, :0]
+    before, kept = layer.update(none, none), layer.kept
+    change(layer)
+    none = none[:1].expand(len(rows), -1, -1, -1)
+    for x, y in zip(before, layer.update(none, none)):
+        assert torch.equal(x[rows], y)
+    assert torch.equal(layer.queries[0], states[rows, :, :1])
+    assert bits[1] or (
+        torch.equal(layer.kept.index, kept.index[rows]) and torch.equal(layer.kept.valid, kept.valid[rows])
+    )
+
+
+def test_half_of_the_memory_and_less(build, llava_batch):
     """The published widths, of the heads of LLaVA: 28% of 16 bits if all is important, 16% if nothing is."""
     assert ZipVL().kv_share(1.0, 16, 128) == (4 + 0.5) / 16
     assert ZipVL().kv_share(0.0, 16, 128) == (2 + 0.5) / 16
     assert ZipVL(high=16, low=0).kv_share(0.4, 16, 128) == pytest.approx(0.4)
-    if family != "llava":
-        return
-    model, inputs = build(family), batch(3)
+    model, inputs = build("llava"), llava_batch(3)
     for plan in (ZipVL(0.9, high=8, low=2), ZipVL(0.7, high=16, low=0), ZipVL()):
         with accelerate(model, []) as handle:
             logits(model, inputs)
@@ -208,10 +234,8 @@ def test_reported_bytes_are_what_is_stored():
         assert storages == {0}  # and nothing else is held
 
 
-def test_what_is_generated_is_compressed_from_time_to_time(build, batch, family):
-    if family != "llava":
-        return
-    model, inputs, chosen = build(family), batch(3), []
+def test_what_is_generated_is_compressed_from_time_to_time(build, llava_batch):
+    model, inputs, chosen = build("llava"), llava_batch(3), []
     compress = MixedLayer.compress
 
     def spy(self, best):
@@ -255,11 +279,9 @@ def test_the_window_is_judged_by_the_same_rule(monkeypatch):
 # ---- what is refused
 
 
-def test_beams_have_caches_of_their_own(build, batch, family):
+def test_beams_have_caches_of_their_own(build, llava_batch):
     """What beam search says of its answer is what the plain model does, with what was evicted masked."""
-    if family != "llava":
-        return
-    model, inputs, plan = build(family), batch(1), PLANS["evicting"]
+    model, inputs, plan = build("llava"), llava_batch(1), PLANS["evicting"]
     with accelerate(model, plan) as handle:
         out = model.generate(
             **inputs, num_beams=3, max_new_tokens=4, do_sample=False, eos_token_id=None, suppress_tokens=[IMAGE],
@@ -272,20 +294,19 @@ def test_beams_have_caches_of_their_own(build, batch, family):
     torch.testing.assert_close(out.sequences_scores, chosen.sum((1, 2)), atol=1e-4, rtol=1e-4)
 
 
-def test_what_does_not_fit_is_refused(build, batch, family):
-    if family != "llava":
-        return
-    model, inputs = build(family), batch(1)
+def test_what_does_not_fit_is_refused(build, llava_batch):
+    model, inputs = build("llava"), llava_batch(1)
     with accelerate(model.train(), ZipVL(0.9)), pytest.raises(ValueError, match="ZipVL is for inference only"):
         model(**inputs)
     model.eval()
-    with accelerate(model, [ZipVL(0.9), ZipVL(0.8)]), pytest.raises(ValueError, match="both replace the attention"):
-        logits(model, inputs)
+    with pytest.raises(ValueError, match="There are two methods ZipVL: give one that does all"):
+        accelerate(model, [ZipVL(0.9), ZipVL(0.8)])
     with accelerate(model, ZipVL(0.9)):
         cache = generated(model, inputs)[2]
-        for refused in (lambda: cache.crop(-1), cache.reset):
-            with pytest.raises(ValueError, match="ZipVL's cache cannot be"):
-                refused()
+        with pytest.raises(ValueError, match="The cache of an accelerated model cannot be cut back"):
+            cache.crop(-1)
+        with pytest.raises(ValueError, match="ZipVL's cache cannot be used for another prompt"):
+            cache.reset()
 
 
 def test_text_alone_is_shortened_too(model):
