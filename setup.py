@@ -17,7 +17,7 @@ dense += ["ftfy", "regex", 'setuptools; python_version >= "3.12"', "supervision>
 # num2words is for the processor of SmolVLM.
 mllm = ["transformers>=5.17", "gguf>=0.10", "peft>=0.17", "num2words", "open_clip_torch>=2.24"]
 serve = ["gradio>=6.20,<7", "fastapi>=0.115", "fastapi-offline>=1.7", "uvicorn"]
-export = ["pyarrow"]
+export = ["onnx>=1.18", "onnxscript>=0.5.4", "onnxruntime>=1.23", "pyarrow"]
 # Ray Data brings pyarrow; 2.64 is to lose the argument that bounds the retries of an actor.
 bulk = ["ray[data]>=2.55,<2.64", "fsspec"]
 bench = ["matplotlib"]

@@ -20,7 +20,7 @@ USES = {
     "bench": "plots",
     "bulk": "bulk inference",
     "dense": "boxes and masks",
-    "export": "parquet files",
+    "export": "ONNX and Parquet files",
     "mllm": "multimodal language models",
     "serve": "serving",
     "train": "training",

@@ -74,7 +74,7 @@ def _allowed() -> list[Any]:
 
 def _history_method(owner: Any, name: str) -> Any:
     """The one use of getattr in a log buffer: its statistics (mean, max, ...) by name."""
-    if owner is not HistoryBuffer or name not in HistoryBuffer._statistics_methods:
+    if owner is not HistoryBuffer or name not in HistoryBuffer()._statistics_methods:  # the first one made names them
         raise pickle.UnpicklingError(f"function getattr of {name!r}")
     return getattr(owner, name)
 
