@@ -107,9 +107,11 @@ def seeds(target: str) -> list[bytes]:
     ramp = Image.linear_gradient("L").resize((23, 17))
     image = Image.merge("RGB", (ramp, ramp.rotate(180), ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
     found = []
+    Image.init()
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000", "AVIF"):
-        image.save(file := io.BytesIO(), kind)
-        found.append(file.getvalue())
+        if kind in Image.SAVE:  # AVIF from Pillow 11.3
+            image.save(file := io.BytesIO(), kind)
+            found.append(file.getvalue())
     return found
 
 

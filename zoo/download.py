@@ -77,6 +77,7 @@ def download(url: str, *, sha256: str | None = None, folder: Path | None = None)
     Raises:
         FileNotFoundError: the server has no such file.
         ConnectionError: it cannot be downloaded now; what has arrived is kept for the next call.
+        OSError: it cannot be written, such as on a full disk; what was written is kept too.
         ValueError: the contents do not have the expected hash, or the URL names no file.
     """
     name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).replace("\\", "/").rpartition("/")[2]
@@ -202,7 +203,10 @@ def _save(response: http.client.HTTPResponse, part: Path, size: int | None) -> N
     ):
         task = bar.add_task(part.stem, total=size, completed=_size(part))
         while chunk := response.read1(CHUNK):  # what has arrived, so that little is lost to a kill
-            file.write(chunk)
+            try:
+                file.write(chunk)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(part)) from error
             bar.advance(task, len(chunk))
 
 

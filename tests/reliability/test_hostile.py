@@ -1,5 +1,6 @@
 """Files that were made to do harm, given to the commands that read them."""
 
+import gzip
 import io
 import json
 import os
@@ -36,7 +37,8 @@ class Runs:
 @pytest.mark.parametrize("form", ["zip", "old", "pickle"])
 @pytest.mark.parametrize("command", ["classify", "convert", "detect"])
 def test_a_hostile_pickle_does_not_run(folder, zoo, form, command, monkeypatch):
-    pytest.importorskip("mmdet")
+    if command == "detect":
+        pytest.importorskip("mmdet", reason="detectors need the dense extra")
     marker, path = folder / "marker", folder / "hostile.pth"
     content = {"state_dict": {"w": torch.ones(2)}, "meta": Runs(marker)}
     if form == "pickle":
@@ -140,7 +142,7 @@ BOMB = zlib.compress(bytes(2**25), 9)  # of 32 KiB
 )
 def test_bombs_beside_the_pixels(bomb):
     assert read_image(png()).size == (8, 8)
-    with pytest.raises(ImageError, match="too large"):
+    with pytest.raises(ImageError, match=r"(?i)too large"):
         read_image(png(bomb))
 
 
@@ -172,7 +174,7 @@ def test_archives_and_programs_are_no_pictures(tmp_path):
         file.writestr("a.png", bytes(10**7))
     contents = {
         "bomb.png": (tmp_path / "bomb.zip").read_bytes(),
-        "gzip.png": zlib.compress(bytes(10**6), wbits=31),
+        "gzip.png": gzip.compress(bytes(10**6)),
         "program.png": b"\x7fELF" + bytes(100),
         "script.png": b"#!/bin/sh\ntouch /tmp/x\n",
         "pdf.png": b"%PDF-1.7\n",

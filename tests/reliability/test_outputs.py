@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 from zoo import files
 from zoo.checkpoints import save_checkpoint
+from zoo.download import download
 from zoo.files import replacing, write_bytes, write_text
 
 
@@ -43,6 +46,32 @@ def test_a_full_disk_leaves_what_was_there(folder, weights, zoo, command, name):
             result = zoo(command, "a.png", "--out", out, *weights, code=2)
     assert result.stderr.startswith(f"zoo: {out}: ") and result.stderr.count("\n") == 1
     assert out.read_bytes() == b"old" and sorted(os.listdir(folder)) == before
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a file of 3 MB."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/w.pth").write_bytes(bytes(range(250)) * 12_000)
+    monkeypatch.setenv("no_proxy", "*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/w.pth"
+        httpd.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_full_disk_while_weights_arrive(tmp_path, server):
+    with full_disk(1_000_000), pytest.raises(OSError, match="File too large") as caught:
+        download(server, folder=tmp_path / "cache")
+    assert caught.value.filename == str(tmp_path / "cache/w.pth.part")
+    assert not (tmp_path / "cache/w.pth").exists()
+    path = download(server, folder=tmp_path / "cache")
+    assert path.read_bytes() == (tmp_path / "served/w.pth").read_bytes()
 
 
 def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path):
