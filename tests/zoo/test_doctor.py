@@ -73,11 +73,11 @@ def test_what_is_missing_comes_with_its_command(installed, without_openmmlab):
     installed["pyarrow"] = None
     diagnosis = doctor.diagnose()
     assert next(package for package in diagnosis.packages if package.name == "pyarrow").version is None
-    assert diagnosis.advice["parquet files"] == "pip install 'linear-vision-zoo[export]'"
+    assert diagnosis.advice["ONNX and Parquet files"] == "pip install 'linear-vision-zoo[export]'"
     assert diagnosis.problems == ()  # missing is not broken
     output = zoo()
     assert rows(output)["pyarrow"] == "not"  # installed
-    assert "For parquet files: pip install 'linear-vision-zoo[export]'\n" in output
+    assert "For ONNX and Parquet files: pip install 'linear-vision-zoo[export]'\n" in output
 
 
 def test_a_missing_core_package_needs_no_extra(installed, without_openmmlab):
