@@ -5,6 +5,7 @@ in the run. So one that was killed goes on from its last checkpoint as if nothin
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -18,15 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.hooks import Hook
+from mmengine.dist import all_reduce, is_distributed
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
 from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, RUNNERS, TRANSFORMS
-from mmengine.runner import CheckpointLoader, find_latest_checkpoint
+from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from torch import distributed as dist
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 import zoo.openmmlab  # noqa: F401 (before mmdet and mmseg: makes mmcv.ops work)
 from zoo.checkpoints import save_checkpoint
 from zoo.files import write_text
 from zoo.tools.coco import clean_annotations
+from zoo.tools.sharding import shard
 from zoo.tools.sprites import seed_of
 
 SCENES = "compose it with `python -m zoo.tools.build_quickstart_data scenes {root}`"
@@ -67,9 +73,10 @@ class SeededSampler(Sampler):
         self.dataset, self.seed, self.epoch = dataset, seed or 0, 0
 
     def __iter__(self) -> Iterator[_Place]:
-        rank = getattr(self.sampler, "rank", 0)
-        for number, index in enumerate(self.sampler):
-            yield _Place(index, seed_of(self.seed, self.epoch, rank, number))
+        # The place in the order of all processes: a picture is the same whichever process reads it.
+        places = itertools.count(getattr(self.sampler, "rank", 0), getattr(self.sampler, "world_size", 1))
+        for place, index in zip(places, self.sampler):
+            yield _Place(index, seed_of(self.seed, self.epoch, place))
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -128,6 +135,55 @@ class SeedHook(Hook):
         """Every step begins with a seed of its own."""
         self.steps += 1
         _seed_all(seed_of(runner.seed or 0, runner.rank, runner.iter))
+
+
+@HOOKS.register_module()
+class MeanLossHook(Hook):
+    """Makes the losses that are logged means over all processes; each knows those of its own pictures."""
+
+    priority = "HIGHEST"  # before they are logged
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """After every step."""
+        if runner.distributed:
+            values = torch.stack([outputs[name].float() for name in sorted(outputs)])
+            all_reduce(values, "mean")
+            outputs.update(zip(sorted(outputs), values))
+
+
+@RUNNERS.register_module()
+class ShardedRunner(Runner):
+    """mmengine's Runner with shards of the model in several processes (FSDP2) instead of copies."""
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """Leaves the model whole until its weights are there; batch norms are as of the Runner."""
+        wrapped = super().wrap_model(model_wrapper_cfg, model)
+        return wrapped.module if is_model_wrapper(wrapped) else wrapped
+
+    def load_or_resume(self) -> None:
+        """Loads whole weights and states of the optimizer, then shards them."""
+        super().load_or_resume()
+        shard(self.model, self.optim_wrapper.optimizer)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The first process writes what all gather."""
+        if self.rank:
+            self.model.state_dict()
+            self.optim_wrapper.state_dict()
+        super().save_checkpoint(*args, **kwargs)
+
+
+@HOOKS.register_module()
+class ShardedEMAHook(EMAHook):
+    """mmengine's moving average, whole in every process, of a model in shards."""
+
+    def _swap_ema_parameters(self) -> None:
+        models = self.src_model, self.ema_model.module
+        trained, averaged = ({name: x.clone() for name, x in each.state_dict().items()} for each in models)
+        self.src_model.load_state_dict(averaged)
+        self.ema_model.module.load_state_dict(trained)
 
 
 def _seed_all(seed: int) -> None:
@@ -217,20 +273,21 @@ def _datasets(dataset: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield dataset
 
 
-def prepare(config: Config, work_dir: str | Path, amp: str | None = None) -> Config:
+def prepare(config: Config, work_dir: str | Path, amp: str | None = None, fsdp: bool = False) -> Config:
     """Makes a config repeatable, with checks of its data, TensorBoard and the launcher that is there.
 
     Args:
         config: of a training run; changed.
         work_dir: where checkpoints and logs go. A run that is there is continued.
         amp: "bfloat16" or "float16" for mixed precision.
+        fsdp: shards of the model in several processes instead of copies.
 
     Returns:
         The config.
 
     Raises:
         FileNotFoundError: data are missing.
-        ValueError: annotations cannot be used at all, or mixed precision without a GPU.
+        ValueError: annotations cannot be used at all, mixed precision without a GPU, or what FSDP does not go with.
     """
     check_data(config, ("train_dataloader", "val_dataloader"))
     if amp and not torch.cuda.is_available():
@@ -241,6 +298,17 @@ def prepare(config: Config, work_dir: str | Path, amp: str | None = None) -> Con
     if config.resume:
         config.load_from = None  # where the run began; mmengine would resume from there
     config.launcher = "pytorch" if "LOCAL_RANK" in os.environ else "none"
+    if fsdp and amp == "float16":
+        raise ValueError("--fsdp goes with --amp bfloat16 or without --amp, not with float16.")
+    if fsdp and config.launcher == "pytorch":
+        config.runner_type = "ShardedRunner"
+        for hook in config.get("custom_hooks", []):
+            if hook["type"] == "EMAHook":
+                hook["type"] = "ShardedEMAHook"
+    if config.launcher == "pytorch" and not torch.cuda.is_available():
+        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+        if not is_distributed():
+            dist.init_process_group("gloo")  # mmengine would ask for GPUs
     backends = [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}]
     config.visualizer = {"type": "Visualizer", "vis_backends": backends, "_scope_": "mmengine"}
     config.randomness = {"seed": 0, **config.get("randomness", {})}
@@ -260,6 +328,7 @@ def prepare(config: Config, work_dir: str | Path, amp: str | None = None) -> Con
     loader.dataset = {"type": "SeededDataset", "dataset": loader.dataset}
     loader.sampler = {"type": "SeededSampler", "sampler": loader.sampler}
     config.custom_hooks = [*config.get("custom_hooks", []), {"type": "SeedHook", "priority": "VERY_HIGH"}]
+    config.custom_hooks.append({"type": "MeanLossHook"})
     return config
 
 
@@ -339,6 +408,7 @@ def training_command(scope: str, description: str, arguments: list[str] | None =
     parser.add_argument("config", help=f"a config of {scope}: see configs/README.md")
     parser.add_argument("--work-dir", help="where checkpoints and logs go; output/NAME OF THE CONFIG by default")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="mixed precision")
+    parser.add_argument("--fsdp", action="store_true", help="several processes hold shards of the model (FSDP2)")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE")
     given = parser.parse_args(arguments)
 
@@ -346,7 +416,9 @@ def training_command(scope: str, description: str, arguments: list[str] | None =
         config = read_config(given.config, given.cfg_options)
         if config.default_scope != scope:
             raise ValueError(f"{given.config} is a config of {config.default_scope}, not of {scope}.")
-        metrics = train(prepare(config, given.work_dir or Path("output", Path(given.config).stem), given.amp))
+        metrics = train(
+            prepare(config, given.work_dir or Path("output", Path(given.config).stem), given.amp, given.fsdp)
+        )
         print("  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
     return report_errors(run)

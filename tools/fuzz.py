@@ -13,7 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 SETTINGS = b"model: test_resnet\ntrain_data: a\nval_data: b\nsteps: 3\nlr: 1e-3\nmixup: 0.1\ncrop_pct: null\n"
 
@@ -67,6 +69,18 @@ def settings(data: bytes) -> None:
 
 def command(data: bytes) -> None:
     """The arguments of `zoo`, one per line: parsed, or an error of usage. Nothing is run."""
+    arguments = [line.decode(errors="surrogateescape") for line in data.split(b"\n")]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            _parser().main(arguments, prog_name="zoo")
+        except SystemExit as end:
+            if end.code not in (0, 2):
+                raise RuntimeError(f"The exit code {end.code}.") from end
+
+
+@cache
+def _parser() -> Any:
+    """The command `zoo` with nothing behind its commands."""
     from typer.main import get_command
 
     from zoo.cli import app
@@ -74,13 +88,7 @@ def command(data: bytes) -> None:
     group = get_command(app)
     for one in group.commands.values():
         one.callback = lambda **_: None
-    arguments = [line.decode(errors="surrogateescape") for line in data.split(b"\n")]
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
-            group.main(arguments, prog_name="zoo")
-        except SystemExit as end:
-            if end.code not in (0, 2):
-                raise RuntimeError(f"The exit code {end.code}.") from end
+    return group
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
@@ -127,9 +135,14 @@ def main() -> None:
     target, corpus = sys.argv.pop(1), Path(sys.argv[1])
     import atheris
 
-    with atheris.instrument_imports(include=["zoo", "yaml", "pickletools"]):
+    # Without the libraries below all sound inputs would look alike, and libFuzzer would keep the smallest one alone.
+    with atheris.instrument_imports(include=["zoo", "yaml", "pickletools", "PIL", "typer", "click"]):
+        from PIL import Image
+
         import zoo.cli
         import zoo.tools.train_classifier  # noqa: F401
+
+        Image.init()
     corpus.mkdir(parents=True, exist_ok=True)
     if not any(corpus.iterdir()):
         for number, data in enumerate(seeds(target)):

@@ -1,16 +1,18 @@
 """Train or evaluate an image classifier: any timm model, on any folder of pictures or on sprites composed on the GPU.
 
     python -m zoo.tools.train_classifier CONFIG.yaml [key=value ...]
-    accelerate launch -m zoo.tools.train_classifier CONFIG.yaml [key=value ...]
+    torchrun --nproc-per-node 2 -m zoo.tools.train_classifier CONFIG.yaml [fsdp=true] [key=value ...]
 
 Every step is a pure function of the weights, the seed and the number of the step, so a run that was stopped or killed
 goes on from its last checkpoint exactly as if nothing had happened: run the same command again.
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -42,6 +44,7 @@ from zoo.backbones.layers.prepbn import PRepBN, set_prep_progress
 from zoo.checkpoints import save_checkpoint
 from zoo.files import replacing, write_text
 from zoo.tools.settings import check_choices, read_settings
+from zoo.tools.sharding import shard
 from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -81,6 +84,8 @@ class Config:
 
     drop_path: float | None = None
     sync_bn: bool = False
+    fsdp: bool = False  # shards of the weights in several processes (FSDP2) instead of copies (DDP)
+    grad_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     prep_steps: int = 0  # steps in which PRepBN goes from layer norm to batch norm; 0: all
     batch_size: int = 1024  # of one optimizer step, over all processes and accumulated parts
     grad_accum: int = 1
@@ -111,6 +116,8 @@ class Config:
 
 # What may change between a run and its continuation; anything else would make it another run.
 MAY_CHANGE = {"output", "train_data", "val_data", "classes", "workers", "compile", "export_half", "eval_size"} | {
+    "fsdp",
+    "grad_checkpointing",
     "max_minutes",
     "checkpoint_every",
     "eval_every",
@@ -146,6 +153,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ValueError("sprites are composed endlessly with their own augmentation: set steps, not epochs or mixing")
     if config.mode == "eval" and not (config.checkpoint or config.pretrained):
         raise ValueError("mode eval needs a checkpoint or pretrained: true")
+    if config.fsdp and config.precision == "fp16":
+        raise ValueError("fsdp goes with precision fp32 or bf16, not fp16")
     return config
 
 
@@ -155,7 +164,7 @@ class _Seeded(Dataset):
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, key: tuple[int, int, int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int]:
         *place, index = key
         _seed_all(seed_of(self.seed, *place))
         return self.dataset[index]
@@ -178,7 +187,7 @@ def _folder_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
     reads = create_dataset("", root=_folder(config.train_data or config.val_data))
     class_map = reads.reader.class_to_idx
     classes = sorted(class_map, key=class_map.get)
-    epoch = len(reads) // (micro * world)
+    epoch = len(reads) // config.batch_size * config.grad_accum  # whole steps, whatever their parts
     pin = accelerator.device.type == "cuda"
 
     def train(start: int) -> Batches:
@@ -198,14 +207,16 @@ def _folder_data(config: Config, accelerator: Accelerator, micro: int) -> Data:
             reads, num_replicas=world, rank=rank, num_repeats=config.aug_repeats, selected_round=0
         )
 
-        def keys() -> Iterator[list[tuple[int, int, int, int]]]:
+        def keys() -> Iterator[list[tuple[int, int, int]]]:
             for number in itertools.count(start):
                 turn, place = divmod(number, epoch)
                 if place == 0 or number == start:
                     sampler.set_epoch(seed_of(config.seed, turn))
                     order = list(sampler)
                 first = place * micro
-                yield [(turn, rank, first + i, index) for i, index in enumerate(order[first : first + micro])]
+                # The place in the order of all processes: a picture is the same whichever process reads it.
+                places = itertools.count(first * world + rank, world)
+                yield [(turn, next(places), index) for index in order[first : first + micro]]
 
         mixup = None
         if config.mixup or config.cutmix:
@@ -322,7 +333,7 @@ class _Report:
 
     def __init__(self, config: Config, start: int, total: int, main: bool) -> None:
         self.total, self.main = total, main
-        self.writer = SummaryWriter(Path(config.output) / "tensorboard", purge_step=start) if main else None
+        self.writer = SummaryWriter(Path(config.output) / "tensorboard", purge_step=start + 1) if main else None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self.bar = Progress(
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not (main and sys.stdout.isatty())
@@ -369,6 +380,8 @@ def run(config: Config) -> dict[str, Any] | None:
         ValueError: Settings contradict each other, the data, or the checkpoint in the output folder.
     """
     began = time.monotonic()
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError("accelerate's own FSDP is not used here: leave --use_fsdp out and set fsdp=true")
     dynamo = TorchDynamoPlugin(backend="inductor" if config.compile else "no")
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
@@ -387,6 +400,8 @@ def run(config: Config) -> dict[str, Any] | None:
     groups = _groups(config)
     _seed_all(config.seed)
     net = build_model(config, len(data.classes)).to(accelerator.device)
+    if config.grad_checkpointing:
+        net.set_grad_checkpointing(True)
     if accelerator.is_main_process:
         Path(config.output).mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {}
@@ -424,7 +439,7 @@ def _train(
         The averaged model, or None when the time is up; the step, the minutes that all steps took, and on what.
     """
     steps_per_epoch = data.epoch // config.grad_accum
-    if config.epochs and not steps_per_epoch:
+    if config.data == "folder" and not steps_per_epoch:
         raise ValueError(f"train_data holds fewer pictures than one batch of {config.batch_size}: lower batch_size")
     unit = 1 if config.steps else steps_per_epoch
     if config.sync_bn and accelerator.num_processes > 1:
@@ -445,15 +460,20 @@ def _train(
     soft = config.data == "sprites" or config.mixup or config.cutmix
     criterion = SoftTargetCrossEntropy() if soft else LabelSmoothingCrossEntropy(config.smoothing)
     progressive = config.prep_steps or any(isinstance(module, PRepBN) for module in net.modules())
-    model, stepper = accelerator.prepare(net, optimizer)
-    averaged = ema.module if ema else net
+    sharded = config.fsdp and accelerator.num_processes > 1
+    # Processes evaluate different numbers of batches, so the model that they evaluate is whole.
+    averaged = ema.module if ema else copy.deepcopy(net) if sharded else net
+    if sharded:
+        shard(net, optimizer)
+    model = accelerator.prepare_model(net, evaluation_mode=sharded)  # mixed precision, compilation, DDP if not sharded
+    stepper = accelerator.prepare_optimizer(optimizer)
 
     file, step, best = Path(config.output) / "last.pt", 0, -1.0
     gpu = accelerator.device.type == "cuda"
     device = f"{accelerator.num_processes} x {torch.cuda.get_device_name() if gpu else 'CPU'}"
     earlier, since = 0.0, time.monotonic()
     if file.exists():
-        saved = torch.load(file, map_location=accelerator.device, weights_only=True)
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         _check_same_run(saved["config"], config, file)
         step, best, earlier = saved["step"], saved["best"], saved["minutes"]
         device = saved["device"] if step == total else device
@@ -469,9 +489,14 @@ def _train(
         now = (time.monotonic() - since) / 60 if step > start else 0.0
         return {"step": step, "minutes": earlier + now, "device": device}
 
+    def measured() -> nn.Module:
+        if sharded and not ema:
+            averaged.load_state_dict(net.state_dict())
+        return averaged
+
     def save() -> None:
+        state = {"model": net.state_dict(), "model_ema": measured().state_dict(), "optimizer": optimizer.state_dict()}
         if accelerator.is_main_process:
-            state = {"model": net.state_dict(), "model_ema": averaged.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None, **facts()}
             state |= {"best": best, "config": dataclasses.asdict(config)}
             with replacing(file) as part:
@@ -512,14 +537,14 @@ def _train(
             if ema:
                 ema.update(net, step)
             if step % config.log_every == 0 or step == total:
-                mean = torch.stack(losses).mean().item()
+                mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
                 losses.clear()
                 if not np.isfinite(mean):
                     raise ValueError(f"the loss is {mean} at step {step}: lower lr, clip gradients, or use bf16")
                 report(step, config.batch_size, loss=mean, lr=optimizer.param_groups[-1]["lr"])
             if config.eval_every and step % config.eval_every == 0:
                 name, batches_of = next(iter(data.val.items()))
-                score = metrics(*evaluate(averaged, batches_of(), accelerator), data.classes, groups)
+                score = metrics(*evaluate(measured(), batches_of(), accelerator), data.classes, groups)
                 report.scalars(step, top1=score["top1"], top5=score["top5"])
                 report.line(f"step {step}/{total}  {name} top-1 {score['top1']:.2f}  top-5 {score['top5']:.2f}")
                 if score["top1"] > best and accelerator.is_main_process:
@@ -529,7 +554,7 @@ def _train(
                 save()
     finally:
         report.close()
-    return averaged, facts()
+    return measured(), facts()
 
 
 def _check_same_run(saved: dict[str, Any], config: Config, file: Path) -> None:

@@ -1,7 +1,7 @@
 """Train an object detector with mmdet.
 
     python -m zoo.tools.train_detector CONFIG.py [--work-dir DIR] [--amp bfloat16] [--cfg-options key=value ...]
-    torchrun --nproc-per-node 2 -m zoo.tools.train_detector CONFIG.py ...
+    torchrun --nproc-per-node 2 -m zoo.tools.train_detector CONFIG.py [--fsdp] ...
 
 A run that was stopped or killed goes on from its last checkpoint: run the same command again.
 """

@@ -93,7 +93,8 @@ class Config:
 
 
 # What may change between a run and its continuation; anything else would make it another run.
-MAY_CHANGE = {"images", "workers", "checkpoint_every", "log_every", "export_half", "language_model"}
+MAY_CHANGE = {"images", "workers", "gradient_checkpointing", "checkpoint_every", "log_every", "export_half"}
+MAY_CHANGE |= {"language_model"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -213,26 +214,35 @@ class MultimodalTrainer(Trainer):
         **kwargs: of transformers' ``Trainer``.
     """
 
-    loss_is_scaled_for_ga = False  # it is a mean of each part
-
     def __init__(self, config: Config, handle: Acceleration | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.settings, self.handle = config, handle
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = True  # so that compute_loss is told num_items_in_batch
         self.clock = Clock(config.max_minutes, self)
         self.add_callback(self.clock)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Mean cross entropy of the answers' tokens. Logits are made only where some row has an answer."""
+        """Mean cross entropy of the answers' tokens. Logits are made only where some row has an answer.
+
+        The mean is over all processes and accumulated parts, whatever numbers of tokens they hold: one process gives
+        its share of the sum, times the number of processes, over which the gradients are averaged.
+        """
         labels = inputs.pop("labels")[:, 1:]
         places = (labels != IGNORED).any(0).nonzero()[:, 0]
         outputs = model(**inputs, logits_to_keep=places, use_cache=False)
         wanted = labels[:, places]
-        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
+        logits = outputs.logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+        alone = num_items_in_batch is None
+        loss = loss / ((labels != IGNORED).sum() if alone else num_items_in_batch / self.args.world_size)
         if self.handle is not None and self.handle.depth is not None:
-            loss = loss + self.handle.loss()
+            loss = loss + self.handle.loss() / (1 if alone else self.args.gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

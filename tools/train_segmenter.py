@@ -1,7 +1,7 @@
 """Train a semantic segmenter with mmseg.
 
     python -m zoo.tools.train_segmenter CONFIG.py [--work-dir DIR] [--amp bfloat16] [--cfg-options key=value ...]
-    torchrun --nproc-per-node 2 -m zoo.tools.train_segmenter CONFIG.py ...
+    torchrun --nproc-per-node 2 -m zoo.tools.train_segmenter CONFIG.py [--fsdp] ...
 
 A run that was stopped or killed goes on from its last checkpoint: run the same command again.
 """
