@@ -298,11 +298,14 @@ class VisionLanguageProcessor(ProcessorMixin):
         return tiles, grids
 
     def _fit(self, image: Image.Image, rows: int, columns: int) -> Image.Image:
-        """The picture on so many tiles, in the middle, as large as it fits."""
-        size = (columns * self.image_size, rows * self.image_size)
-        resample = Image.Resampling[self.interpolation.upper()]
-        colour = tuple(round(255 * channel) for channel in self.mean)
-        return ImageOps.pad(image, size, resample, colour)
+        """The picture on so many tiles, in the middle, as large as it fits, and at least a pixel high and wide."""
+        width, height = columns * self.image_size, rows * self.image_size
+        scale = min(width / image.width, height / image.height)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        canvas = Image.new("RGB", (width, height), tuple(round(255 * channel) for channel in self.mean))
+        scaled = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        canvas.paste(scaled, ((width - size[0]) // 2, (height - size[1]) // 2))
+        return canvas
 
 
 def tile_grid(width: int, height: int, size: int, max_tiles: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def variables(source):
         if isinstance(node, ast.Subscript) and is_environ(node.value):
             yield named(node.slice)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_environ(node.func.value):
-            yield from [named(node.args[0])] if node.args else []
+            yield from [named(node.args[0])] if node.args and node.func.attr != "update" else []  # that one sets
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "getenv":
             yield named(node.args[0])
         elif isinstance(node, ast.Compare) and any(map(is_environ, node.comparators)):
