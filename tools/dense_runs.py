@@ -420,6 +420,8 @@ def training_command(scope: str, description: str, arguments: list[str] | None =
             prepare(config, given.work_dir or Path("output", Path(given.config).stem), given.amp, given.fsdp)
         )
         print("  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads can abort a process that ends with them
 
     return report_errors(run)
 
