@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +152,16 @@ def _write_json(path: Path, content: list | Mapping) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def _in_one_line(*errors: type[Exception]) -> Iterator[None]:
+    """Errors of the user end a command with a line instead of a trace."""
+    try:
+        yield
+    except errors as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+
+
 Root = Annotated[Path, typer.Argument(help="Folder of the quickstart data.")]
 Tarballs = Annotated[
     Path | None, typer.Option(help="Folder with the npm tarballs; without it they are downloaded to ROOT/cache.")
@@ -160,11 +171,8 @@ Tarballs = Annotated[
 @app.command("build")
 def build_command(root: Root, tarballs: Tarballs = None) -> None:
     """Build the data folder ROOT from the pinned npm packages."""
-    try:
+    with _in_one_line(OSError, RuntimeError, ValueError):
         report = build(root, tarballs=tarballs)
-    except (OSError, RuntimeError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
     print(f"{report['classes']} classes, {report['pictures']} pictures, {report['mebibytes']} MiB in {root}")
 
 
@@ -173,11 +181,8 @@ def samples_command(
     root: Root, out: Annotated[Path, typer.Argument(help="Folder of the pictures.")], tarballs: Tarballs = None
 ) -> None:
     """Compose the demo's sample pictures from drawings of the held-out style; ROOT has been built before."""
-    try:
+    with _in_one_line(OSError, ValueError):
         print(f"{len(write_samples(root, out, tarballs or root / 'cache'))} pictures in {out}")
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
 
 
 Built = Annotated[Path, typer.Option("--root", help="Folder of the quickstart data, which has been built before.")]
@@ -197,11 +202,8 @@ def scenes_command(
     workers: Workers = None,
 ) -> None:
     """Compose scenes with boxes, masks, semantic and panoptic maps; a build that was stopped goes on."""
-    try:
+    with _in_one_line(OSError, ValueError):
         done = build_scenes(root, out, train=train, test=test, seed=seed, workers=workers)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
     for split, counts in done.items():
         print(f"{split}: {counts['scenes']} scenes, {counts['objects']} objects in {out}")
 
@@ -216,11 +218,8 @@ def questions_command(
     workers: Workers = None,
 ) -> None:
     """Compose scenes with questions and answers in LLaVA's format; a build that was stopped goes on."""
-    try:
+    with _in_one_line(OSError, ValueError):
         report = build_questions(root, out, train=train, test=test, seed=seed, workers=workers)
-    except (OSError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
     for split in ("train", "test"):
         print(f"{split}: {report[split]['scenes']} scenes, {report[split]['questions']} questions in {out}")
     for kind, found in report["blind"].items():

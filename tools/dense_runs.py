@@ -32,7 +32,7 @@ import zoo.openmmlab  # noqa: F401 (before mmdet and mmseg: makes mmcv.ops work)
 from zoo.checkpoints import save_checkpoint
 from zoo.files import write_text
 from zoo.tools.coco import clean_annotations
-from zoo.tools.sharding import shard
+from zoo.tools.sharding import end_processes, shard
 from zoo.tools.sprites import seed_of
 
 SCENES = "compose it with `python -m zoo.tools.build_quickstart_data scenes {root}`"
@@ -420,8 +420,7 @@ def training_command(scope: str, description: str, arguments: list[str] | None =
             prepare(config, given.work_dir or Path("output", Path(given.config).stem), given.amp, given.fsdp)
         )
         print("  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-        if dist.is_initialized():
-            dist.destroy_process_group()  # its threads can abort a process that ends with them
+        end_processes()
 
     return report_errors(run)
 

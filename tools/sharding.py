@@ -43,6 +43,12 @@ def shard(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(_split_states)
 
 
+def end_processes() -> None:
+    """At the end of a command: threads of a process group that is open can abort a process that ends with them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _gather(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in tensors.items()}
 

@@ -36,7 +36,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 from torch.utils.tensorboard import SummaryWriter
 
@@ -45,7 +44,7 @@ from zoo.backbones.layers.prepbn import PRepBN, set_prep_progress
 from zoo.checkpoints import save_checkpoint
 from zoo.files import replacing, write_text
 from zoo.tools.settings import check_choices, read_settings
-from zoo.tools.sharding import shard
+from zoo.tools.sharding import end_processes, shard
 from zoo.tools.sprites import BACKGROUNDS, Composer, evaluation_batches, load_sprites, seed_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -598,8 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         run(load_config(given.config, given.override))
-        if dist.is_initialized():
-            dist.destroy_process_group()  # its threads can abort a process that ends with them
+        end_processes()
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

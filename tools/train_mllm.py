@@ -23,7 +23,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -40,6 +39,7 @@ from zoo.mllm.conversations import (
 )
 from zoo.mllm.trained import save_trained
 from zoo.tools.settings import check_choices, read_settings
+from zoo.tools.sharding import end_processes
 
 PROJECTORS = ("projector", "connector", "merger")  # in names of parameters, of our models and of transformers'
 FINISHED = "trainer_state.json"  # the last file of a checkpoint that is written
@@ -521,8 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         run(load_config(given.config, given.override))
-        if dist.is_initialized():
-            dist.destroy_process_group()  # its threads can abort a process that ends with them
+        end_processes()
     except (ImportError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

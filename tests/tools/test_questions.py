@@ -33,27 +33,12 @@ COUNTS = {"train": 7, "test": 5}
 RGB = {"red": (220, 20, 20), "green": (30, 160, 40), "blue": (40, 80, 220), "yellow": (250, 230, 40)}
 
 
-class InProcess:
-    """Instead of worker processes."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    map = staticmethod(map)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def small():
+def small(in_process):
     """Few classes and drawings, small chunks, and no worker processes."""
     changed = {"VERSIONS": {"train": 2, "test": 1}, "CHUNK": 3, "DRAWN": 48, "SLUGS": SLUGS[:12]}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ProcessPoolExecutor": InProcess, **changed}.items():
+        for name, value in changed.items():
             patch.setattr(questions, name, value)
         yield
 

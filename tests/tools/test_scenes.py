@@ -20,27 +20,12 @@ STYLES = {"train": ("flat", "line"), "test": ("held-out",)}
 COUNTS = {"train": 7, "test": 5}
 
 
-class InProcess:
-    """Instead of worker processes."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    map = staticmethod(map)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def small():
+def small(in_process):
     """Few drawings, small chunks, and no worker processes."""
     sizes = {"VERSIONS": 2, "CHUNK": 4, "DRAWN": 64, "EMPTY": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ProcessPoolExecutor": InProcess, **sizes}.items():
+        for name, value in sizes.items():
             patch.setattr(scenes, name, value)
         yield
 
@@ -166,6 +151,16 @@ def test_the_seed_decides_and_a_stopped_build_goes_on(root, built, tmp_path, mon
     build_scenes(root, tmp_path / "other", **COUNTS, seed=1)
     name = "images/train/000000.jpg"
     assert (tmp_path / "other" / name).read_bytes() != (built / name).read_bytes()
+
+
+def test_chunks_have_drawings_of_their_own(root):
+    def draw(seed):
+        return scenes.draw_versions(root / "train", CATEGORIES, scenes.RECIPES["train"], 2, 32, seed)
+
+    first = draw(0)
+    assert np.array_equal(first, draw(0))
+    differ = (first != draw(1)).any(axis=(2, 3, 4))
+    assert differ.mean() > 0.9 and (first[:, 0] != first[:, 1]).any(axis=(1, 2, 3)).mean() > 0.9
 
 
 def test_refusals(root, built, tmp_path):

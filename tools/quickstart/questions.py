@@ -14,13 +14,10 @@ answers equally often. A scene is a pure function of the seed, its split and its
 """
 
 import json
-import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,8 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from zoo.files import write_bytes, write_text
 from zoo.tools.quickstart.attribution import attribution
@@ -48,6 +43,7 @@ from zoo.tools.quickstart.scenes import (
     npy,
     over,
     painted,
+    run_jobs,
     scaled,
     soften,
     write_json,
@@ -253,14 +249,7 @@ def _build_split(
             write_bytes(drawings, npy(draw))
             write_bytes(scratch / f"{split}-colours.npy", npy(_colours(draw)))
         jobs = [(out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed, names) for number in missing]
-        console = Console(stderr=True)
-        # Not forked: torch's threads do not survive that.
-        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            done = track(
-                pool.map(_build_chunk, jobs), split, len(jobs), console=console, disable=not console.is_terminal
-            )
-            for _ in done:
-                pass
+        run_jobs(_build_chunk, jobs, split, workers)
     made = [record for part in parts for record in json.loads(part.read_text("utf-8"))]
     write_json(out / f"{split}_objects.json", {record["image"]: record["things"] for record in made})
     write_json(out / f"{split}_captions.json", [_record(scene, [scene["caption"]], ["caption"]) for scene in made])

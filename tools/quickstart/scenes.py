@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -162,17 +162,20 @@ def _build_split(
     parts = [scratch / f"{split}-{start:06d}.json" for start in range(0, scenes, CHUNK)]
     if missing := [number for number, part in enumerate(parts) if not part.exists()]:
         jobs = [(root, out, split, number * CHUNK, min(scenes, (number + 1) * CHUNK), seed) for number in missing]
-        console = Console(stderr=True)
-        # Not forked: torch's threads do not survive that.
-        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            done = track(
-                pool.map(_build_chunk, jobs), split, len(jobs), console=console, disable=not console.is_terminal
-            )
-            for _ in done:
-                pass
+        run_jobs(_build_chunk, jobs, split, workers)
     records = [record for part in parts for record in json.loads(part.read_text("utf-8"))]
     write_json(out / "annotations" / f"panoptic_{split}.json", _panoptic(records, categories))
     write_json(out / "annotations" / f"instances_{split}.json", _instances(records, categories))
+
+
+def run_jobs(build: Callable[[Any], None], jobs: Sequence[Any], title: str, workers: int | None) -> None:
+    """Build in worker processes, one per core by default, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    # Not forked: torch's threads do not survive that.
+    with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+        done = pool.map(build, jobs)
+        for _ in track(done, title, len(jobs), console=console, disable=not console.is_terminal):
+            pass
 
 
 def draw_versions(
