@@ -314,8 +314,10 @@ class Acceleration:
     @torch.no_grad()
     def _decide(self, number: int, prefill: Prefill, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Cut]:
         here = [one for one in self._steps if one[0].layer == number]
+        if not here:
+            return []
         layout = prefill.layout_at(number - 1)
-        if not here or not layout.is_image.any():
+        if not layout.is_image.any():
             return []
         entered = prefill.entering.is_image.sum(1)
         layer, cuts, kept = self._decoder.layers[number] if number else None, [], None

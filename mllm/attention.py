@@ -60,8 +60,7 @@ class Probe:
     def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
         """Look at one pass."""
         allowed = allowed_keys(mask, self.queries, key.shape[2])
-        rows = self.queries.take(query.transpose(1, 2)).transpose(1, 2)
-        self.seen = attention_of(rows, key, allowed, scaling)
+        self.seen = attention_of(self.queries.take_heads(query), key, allowed, scaling)
 
 
 def replace(kwargs: dict[str, Any], attend: Callable, name: str) -> dict[str, Any]:
@@ -106,13 +105,17 @@ def _open(forward: Callable) -> Callable:
     return attention
 
 
+def as_bool(mask: Tensor) -> Tensor:
+    """Of a mask, bool or added to the logits: where attention is allowed."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def allowed_keys(mask: Tensor | None, queries: Kept, length: int) -> Tensor:
     """(B, R, L) bool: the keys that some queries may attend to, by a mask as attention takes it; None for causal."""
     if mask is None:
         allowed = torch.arange(length, device=queries.index.device) <= queries.index[..., None]
     else:
-        rows = queries.take(mask.expand(len(queries.index), -1, -1, -1)[:, 0])
-        allowed = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+        allowed = as_bool(queries.take(mask.expand(len(queries.index), -1, -1, -1)[:, 0]))
     return allowed & queries.valid[..., None]
 
 

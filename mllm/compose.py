@@ -24,9 +24,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import cached_file
 
+from zoo.mllm.conversations import IGNORED
 from zoo.mllm.language_model import check_sha256, load_language_model, load_tokenizer, sha256
 from zoo.mllm.plan_files import replacing
-from zoo.mllm.processing import IGNORED, IMAGE_TOKEN_ID, VisionLanguageProcessor
+from zoo.mllm.processing import IMAGE_TOKEN_ID, VisionLanguageProcessor
 from zoo.mllm.projector import make_projector
 from zoo.mllm.towers import Tower
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo.mllm.prompts import Message, message
 
 PLACEHOLDER = "<image>"
-IGNORED = -100  # label of what is not to be learned
+IGNORED = -100  # label of what is not to be learned, as of torch's cross entropy
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,15 @@ def plan_cost(
         entered = left if layer == 0 else entered
         seen.append(left - math.floor(left * depth.ratio + 1e-9) if layer in routing else left)
     tokens = [text + one for one in seen]
-    parts = [*steps, *(method for method in methods if not isinstance(method, Step))]
-    flops = prefill_flops(shape, tokens) + sum(part.overhead(shape, text, tokens) for part in parts)
     stored = kv_bytes(shape, tokens, bits / 8)
     for method in methods:
         if isinstance(method, ZipVL):
             stored *= method.kv_share(1.0, bits, shape.head_dim)
-    return Cost(tuple(seen), flops, stored)
+    return Cost(tuple(seen), flops_with(methods, shape, text, tokens), stored)
+
+
+def flops_with(methods: Sequence[Method], shape: DecoderShape, text: float, tokens: Sequence[float]) -> float:
+    """FLOPs of the layers, given the tokens that each of them sees, so many of text among them, and of choosing."""
+    steps = [step for step, _ in in_order(methods, shape.layers)]
+    parts = [*steps, *(method for method in methods if not isinstance(method, Step))]
+    return prefill_flops(shape, tokens) + sum(part.overhead(shape, text, tokens) for part in parts)

@@ -42,6 +42,10 @@ class Kept:
         shape[dim] = self.index.shape[1]
         return x.expand(*shape[:dim], x.shape[dim], *shape[dim + 1 :]).gather(dim, index.expand(shape))
 
+    def take_heads(self, x: Tensor) -> Tensor:
+        """The kept tokens of queries, keys or values (B, heads, L, D)."""
+        return self.take(x.transpose(1, 2)).transpose(1, 2)
+
     def put(self, x: Tensor, whole: Tensor) -> Tensor:
         """The whole (B, L, C), with x (B, M, C) in the places of the kept tokens."""
         fill = whole.new_zeros(len(whole), 1, whole.shape[2])  # one place more, for what only fills up

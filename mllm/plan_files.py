@@ -1,4 +1,7 @@
-"""Files that are there as a whole or not at all, and plans as JSON in such files."""
+"""Files that are there as a whole or not at all, and plans as JSON in such files.
+
+The zoo has such files of its own; this package imports nothing of it.
+"""
 
 import json
 import os

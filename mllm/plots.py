@@ -3,10 +3,11 @@
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from zoo.mllm.plan_files import replacing
 
 SHOWN = 4  # layers at most, for each picture
 
@@ -47,10 +48,8 @@ def draw_kept(path: str | os.PathLike, seen: Tensor, image: Tensor, pictures: Se
         where = image == number
         for axis, layer in zip(row.subplots(1, len(layers), squeeze=False)[0], layers):
             _show(axis, picture, seen[layer, where], f"layer {layer}")
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    figure.savefig(part, format="png", dpi=150)
-    os.replace(part, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=150)
 
 
 def grid_of(tokens: int, width: int, height: int) -> tuple[int, int]:

@@ -59,6 +59,7 @@ class Prefill:
             again for its gradients.
         decoded: for each layer, what its cache leaves out by itself, and then what is stored of what is before the
             decoder, None for all, with its layout.
+        latest: the layout that was made last: what it is of, before the decoder and in it, and the layout.
         extras: what methods add to the report.
         kv_bytes: of the cache, after the prefill.
         prefill: its time.
@@ -74,6 +75,7 @@ class Prefill:
     cached: dict[int, Kept] = field(default_factory=dict)
     cuts: dict[int, list[Cut]] = field(default_factory=dict)
     decoded: dict[int, tuple[Kept | None, Kept | None, TokenLayout]] = field(default_factory=dict)
+    latest: tuple[Kept | None, Kept | None, TokenLayout] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     kv_bytes: int | None = None
     prefill: "Stopwatch | None" = None
@@ -82,17 +84,22 @@ class Prefill:
     @property
     def entering(self) -> TokenLayout:
         """The layout of what is before the decoder."""
-        return self.layout if self.before is None else layout_of(self.layout, self.before)
+        return self._part(None)
 
     def layout_at(self, number: int) -> TokenLayout:
         """The layout of what a layer is given; of -1: of what is before the decoder."""
-        kept = self.kept.get(number)
-        return self.entering if kept is None else layout_of(self.entering, kept)
+        return self._part(self.kept.get(number))
 
     def layout_in(self, number: int) -> TokenLayout:
         """The layout of what a layer processes."""
-        kept = self.cached.get(number)
-        return self.entering if kept is None else layout_of(self.entering, kept)
+        return self._part(self.cached.get(number))
+
+    def _part(self, kept: Kept | None) -> TokenLayout:
+        """The layout of a part of what is before the decoder, None for all; the same one as long as the part is."""
+        if self.latest is None or self.latest[0] is not self.before or self.latest[1] is not kept:
+            layout = self.layout if self.before is None else layout_of(self.layout, self.before)
+            self.latest = self.before, kept, layout if kept is None else layout_of(layout, kept)
+        return self.latest[2]
 
     def stored(self, number: int, evicted: Kept | None) -> tuple[Kept | None, TokenLayout]:
         """What the cache of a layer has of what is before the decoder, None for all, and its layout.
@@ -105,8 +112,7 @@ class Prefill:
             kept = self.cached.get(number)
             if evicted is not None:
                 kept = evicted if kept is None else kept.then(evicted)
-            layout = self.entering if kept is None else layout_of(self.entering, kept)
-            self.decoded[number] = evicted, kept, layout
+            self.decoded[number] = evicted, kept, self._part(kept)
         return self.decoded[number][1:]
 
     def places(self, row: int, layers: int) -> Tensor:

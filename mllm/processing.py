@@ -14,9 +14,10 @@ from transformers import BatchFeature
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
+from zoo.mllm.conversations import IGNORED
+
 IMAGE = "<image>"
 IMAGE_TOKEN_ID = 2**31 - 1  # outside of any vocabulary: no text contains it and no model answers with it
-IGNORED = -100  # label of what is not learned, as of torch's cross entropy
 # For tokenizers of base models, which have none.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"

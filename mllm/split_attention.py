@@ -99,7 +99,7 @@ def split_attention(
     batch, count, length, dim = query.shape
     shape = (batch, length, count, dim)
     image = split.layout.is_image[:, None, None, :]
-    text = _take(query, split.text)
+    text = split.text.take_heads(query)
     out = attend(text, key, value, allowed_keys(mask, split.text, length)[:, None], scaling, image, heads)
     out = split.text.put(out.flatten(2), query.new_zeros(batch, length, count * dim)).view(shape)
     if not len(heads.kept):
@@ -107,7 +107,7 @@ def split_attention(
     query, key, value = query[:, heads.kept], key[:, heads.kv], value[:, heads.kv]
     if radius < 0:
         seen = F.scaled_dot_product_attention(
-            _take(query, split.visual), key, value, allowed_keys(mask, split.visual, length)[:, None], scale=scaling
+            split.visual.take_heads(query), key, value, allowed_keys(mask, split.visual, length)[:, None], scale=scaling
         )
         seen = split.visual.put(
             seen.transpose(1, 2).flatten(2), query.new_zeros(batch, length, len(heads.kept) * dim)
@@ -146,15 +146,6 @@ def attend(
     else:
         value = value.masked_fill(gone.transpose(-1, -2), 0.0)
     return F.scaled_dot_product_attention(query, key, value, allowed, scale=scaling).transpose(1, 2)
-
-
-def _take(query: Tensor, kept: Kept) -> Tensor:
-    return kept.take(query.transpose(1, 2)).transpose(1, 2)
-
-
-def as_bool(mask: Tensor) -> Tensor:
-    """Of a mask, bool or added to the logits: where attention is allowed."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _window(

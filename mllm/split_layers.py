@@ -51,23 +51,12 @@ def split_in(linear: nn.Linear, columns: Tensor, split: Callable[[], Split | Non
         columns: int64, the outputs that visual tokens get.
         split: of the batch that is being computed; None for the layer as it is.
     """
-    whole, rows, bias = linear.forward, Part(columns, 0), Part(columns, 0)
+    rows, bias = Part(columns, 0), Part(columns, 0)
 
-    def forward(x: Tensor) -> Tensor:
-        now = split()
-        if now is None:
-            return whole(x)
-        flat = x.flatten(0, 1)
-        text = whole(flat[now.text_rows])
-        out = text.new_zeros(len(flat), linear.out_features)
-        out[now.text_rows] = text
-        part = F.linear(
-            flat[now.visual_rows], rows.of(linear.weight), None if linear.bias is None else bias.of(linear.bias)
-        )
-        out[now.visual_rows[:, None], columns.to(x.device)] = part
-        return out.unflatten(0, x.shape[:2])
+    def visual(x: Tensor) -> Tensor:
+        return F.linear(x, rows.of(linear.weight), None if linear.bias is None else bias.of(linear.bias))
 
-    return Forward(linear, forward)
+    return _apart(linear, split, visual, columns)
 
 
 def split_out(linear: nn.Linear, columns: Tensor, split: Callable[[], Split | None]) -> Forward:
@@ -78,21 +67,12 @@ def split_out(linear: nn.Linear, columns: Tensor, split: Callable[[], Split | No
         columns: int64, the inputs that visual tokens have.
         split: as of ``split_in``.
     """
-    whole, part = linear.forward, Part(columns, 1)
+    part = Part(columns, 1)
 
-    def forward(x: Tensor) -> Tensor:
-        now = split()
-        if now is None:
-            return whole(x)
-        flat = x.flatten(0, 1)
-        text = whole(flat[now.text_rows])
-        out = text.new_zeros(len(flat), linear.out_features)
-        out[now.text_rows] = text
-        seen = flat[now.visual_rows].index_select(1, columns.to(x.device))
-        out[now.visual_rows] = F.linear(seen, part.of(linear.weight), linear.bias)
-        return out.unflatten(0, x.shape[:2])
+    def visual(x: Tensor) -> Tensor:
+        return F.linear(x.index_select(1, columns.to(x.device)), part.of(linear.weight), linear.bias)
 
-    return Forward(linear, forward)
+    return _apart(linear, split, visual)
 
 
 def split_mlp(mlp: nn.Module, neurons: int, split: Callable[[], Split | None]) -> Forward:
@@ -103,10 +83,32 @@ def split_mlp(mlp: nn.Module, neurons: int, split: Callable[[], Split | None]) -
         neurons: that visual tokens use.
         split: as of ``split_in``.
     """
-    whole, gate, up, down = mlp.forward, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def first(linear: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, linear.weight[:neurons], None if linear.bias is None else linear.bias[:neurons])
+
+    def visual(x: Tensor) -> Tensor:
+        return F.linear(mlp.act_fn(first(gate, x)) * first(up, x), down.weight[:, :neurons], down.bias)
+
+    return _apart(mlp, split, visual)
+
+
+def _apart(
+    module: nn.Module,
+    split: Callable[[], Split | None],
+    visual: Callable[[Tensor], Tensor],
+    columns: Tensor | None = None,
+) -> Forward:
+    """Let a module compute text as it does, and visual tokens by another function; padding becomes zeros.
+
+    Args:
+        module: (B, L, C) to (B, L, D).
+        split: as of ``split_in``.
+        visual: (N, C) to (N, D), or to as many outputs as there are columns.
+        columns: int64, which outputs these are, the others being zero; None for all.
+    """
+    whole = module.forward
 
     def forward(x: Tensor) -> Tensor:
         now = split()
@@ -114,11 +116,10 @@ def split_mlp(mlp: nn.Module, neurons: int, split: Callable[[], Split | None]) -
             return whole(x)
         flat = x.flatten(0, 1)
         text = whole(flat[now.text_rows])
-        out = text.new_zeros(len(flat), down.out_features)
+        out = text.new_zeros(len(flat), text.shape[-1])
         out[now.text_rows] = text
-        visual = flat[now.visual_rows]
-        inner = mlp.act_fn(first(gate, visual)) * first(up, visual)
-        out[now.visual_rows] = F.linear(inner, down.weight[:, :neurons], down.bias)
+        places = now.visual_rows if columns is None else (now.visual_rows[:, None], columns.to(x.device))
+        out[places] = visual(flat[now.visual_rows])
         return out.unflatten(0, x.shape[:2])
 
-    return Forward(mlp, forward)
+    return Forward(module, forward)

@@ -10,7 +10,7 @@ from torch import nn
 
 from zoo.mllm.accelerate import Acceleration
 from zoo.mllm.mod import MoD
-from zoo.mllm.plan_files import write_plan
+from zoo.mllm.plan_files import replacing, write_plan
 
 SETTINGS = "acceleration.json"
 ROUTER = "mod.safetensors"
@@ -19,14 +19,12 @@ ROUTER = "mod.safetensors"
 def save_trained(folder: str | os.PathLike, handle: Acceleration) -> None:
     """Write the mask, the assistant marker and the router of an accelerated model to the model's folder."""
     folder, depth = Path(folder), handle.depth
-    folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {"mask": handle.mask, "prompt_end": list(handle.prompt_end), "mod": None}
     if depth is not None:
         layers = None if depth.layers is None else list(depth.layers)
         settings["mod"] = {"ratio": depth.ratio, "layers": layers, "gate": depth.gate, "positions": depth.positions}
-        part = folder / f".{ROUTER}.{os.getpid()}.part"
-        safetensors.torch.save_file({"weight": depth.router.weight.detach().float().cpu().contiguous()}, part)
-        os.replace(part, folder / ROUTER)
+        with replacing(folder / ROUTER) as part:
+            safetensors.torch.save_file({"weight": depth.router.weight.detach().float().cpu().contiguous()}, part)
     write_plan(folder / SETTINGS, settings)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.mllm.attention import as_bool
+
 CHUNK = 2**24  # numbers of an attention matrix that are held at once
 
 
@@ -77,9 +79,7 @@ def _received(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -
     for start in range(0, rows, step):
         logits = scaling * query[:, :, start : start + step] @ key.transpose(-1, -2)
         if mask is not None:
-            part = mask[..., start : start + step, :]
-            allowed = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
-            logits = logits.masked_fill(~allowed, -torch.inf)
+            logits = logits.masked_fill(~as_bool(mask[..., start : start + step, :]), -torch.inf)
         total += logits.softmax(-1).nan_to_num().sum((1, 2))  # a query that may attend to nothing counts nothing
     return total / rows
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.mllm.attention import watch
+from zoo.mllm.attention import as_bool, watch
 from zoo.mllm.layout import TokenLayout
-from zoo.mllm.split_attention import as_bool
 
 CHUNK = 2**24  # numbers of an attention matrix that are held at once
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.mllm.attention import replace
+from zoo.mllm.attention import as_bool, replace
 from zoo.mllm.base import Choice, Method, Scene, Step, check_layer
 from zoo.mllm.families import image_tokens
 from zoo.mllm.grids import Images
 from zoo.mllm.layout import TokenLayout
 from zoo.mllm.plan_files import write_plan
-from zoo.mllm.split_attention import Heads, Split, as_bool, attend, split_attention
+from zoo.mllm.split_attention import Heads, Split, attend, split_attention
 from zoo.mllm.split_layers import split_in, split_mlp, split_out
 from zoo.mllm.visual_heads import visual_ratios
 

@@ -115,7 +115,7 @@ class ZipVL(Method):
             out = forward(module, query, key, value, mask, **kwargs)[0]
         else:
             kept = Kept.of(important)
-            part = (kept.take(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value))
+            part = (kept.take_heads(x) for x in (query, key, value))
             inside = forward(module, *part, mask_of(mask, kept, key.shape[2]), **kwargs)[0]  # (B, M, heads, D)
             whole = inside.new_zeros(*valid.shape, inside.shape[2] * inside.shape[3])
             out = kept.put(inside.flatten(2), whole).unflatten(-1, inside.shape[2:])
@@ -175,8 +175,7 @@ class ZipVL(Method):
         """
         probes = Kept.of(self._probes(valid))
         allowed = allowed_keys(mask, probes, key.shape[2])
-        rows = probes.take(query.transpose(1, 2)).transpose(1, 2)
-        return self._largest(attention_of(rows, key, allowed, scaling), allowed, valid)
+        return self._largest(attention_of(probes.take_heads(query), key, allowed, scaling), allowed, valid)
 
     def _largest(self, attention: Tensor, allowed: Tensor, valid: Tensor) -> Tensor:
         """(B, L) bool, given the attention (B, R, L) of the probes and what they may see."""

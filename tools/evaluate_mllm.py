@@ -23,9 +23,10 @@ from torch import nn
 
 from zoo.console import output_console
 from zoo.files import replacing, write_text
-from zoo.mllm import DecoderShape, accelerate, load, prefill_flops
-from zoo.mllm.base import Method, Step
+from zoo.mllm import DecoderShape, accelerate, load
+from zoo.mllm.base import Method
 from zoo.mllm.conversations import Conversation, read_conversations, read_picture
+from zoo.mllm.cost import flops_with
 from zoo.mllm.prompts import encode, generate, message
 from zoo.mllm.reduce import parse_reductions
 from zoo.mllm.trained import load_trained
@@ -112,13 +113,12 @@ def evaluate(
     Returns:
         The result, and the answers.
     """
-    shape, device = DecoderShape.from_config(model.config), model.device
-    parts = [part for one in _methods(plan) for part in (one.steps(shape.layers) if isinstance(one, Step) else [one])]
+    shape, device, methods = DecoderShape.from_config(model.config), model.device, _methods(plan)
     answers: list[str] = []
     seconds = prefill_seconds = flops = cache = visual_tokens = 0.0
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     model.eval()
-    with accelerate(model, _methods(plan), **(trained or {})) as handle:
+    with accelerate(model, methods, **(trained or {})) as handle:
         for batch in track(batches, plan, console=console, disable=not console.is_terminal):
             began = _now(device)
             talks = [[message("user", one.text, [read_picture(path) for path in one.images])] for one in batch]
@@ -133,8 +133,7 @@ def evaluate(
             seen = handle.report()
             text = (int(inputs["attention_mask"].sum()) - seen["visual_tokens"]) / len(batch)
             per_layer = [text + visual / len(batch) for visual in seen["visual_tokens_per_layer"]]
-            flops += len(batch) * prefill_flops(shape, per_layer)
-            flops += len(batch) * sum(part.overhead(shape, text, per_layer) for part in parts)
+            flops += len(batch) * flops_with(methods, shape, text, per_layer)
             cache += seen["kv_bytes"]
             visual_tokens += sum(seen["visual_tokens_per_layer"]) / shape.layers
     right = defaultdict(list)

@@ -98,16 +98,16 @@ def chat(
         raise ValueError(f"--mask is {mask!r}, expected one of {', '.join(RULES)}.")
     sources = image or []
     pictures = [read_image(RemoteImage(one) if allow_urls and URL.match(one) else one) for one in sources]
-    loaded, processor = _load(model, device)
+    loaded, processor = load(model, device)
     talk = Talk(loaded, processor, pictures, {"max_new_tokens": max_new_tokens})
     if stream:
         talk.options["streamer"] = _streamer(processor)
     turns: list[dict[str, str]] = []
     with ExitStack() as stack:
-        options = _options(model, loaded, processor, mask)
+        trained = options(model, loaded, processor, mask)
         handle = None
-        if reduce or options or verbose:
-            handle = stack.enter_context(accelerate(loaded, reduce or [], **options))
+        if reduce or trained or verbose:
+            handle = stack.enter_context(accelerate(loaded, reduce or [], **trained))
         for question in [prompt] if prompt else _questions():
             answer = _ask(talk, question, alone=prompt is not None)
             if answer is None:
@@ -127,7 +127,7 @@ def chat(
 @app.command("demo-chat")
 def demo_chat() -> None:
     """Ask the packaged small model a few questions about the packaged scene, whose style it was not trained on."""
-    talk = Talk(*_load(None, "cpu"), [read_image(SCENE)], {"max_new_tokens": 16})
+    talk = Talk(*load(None, "cpu"), [read_image(SCENE)], {"max_new_tokens": 16})
     typer.echo(f"About {SCENE}:")
     for question, right in QUESTIONS:
         talk.messages = []  # each on its own, as it was measured
@@ -135,8 +135,17 @@ def demo_chat() -> None:
         typer.echo(f"{question} {answer}" + ("" if answer.lower() == right else f" (no: {right})"))
 
 
-def _load(path: str | None, device: str | None) -> tuple[Any, Any]:
-    """The model and its processor, on a device; float32 on a CPU, else as it was saved."""
+def load(path: str | None, device: str | None) -> tuple[Any, Any]:
+    """A model and its processor, ready to answer; float32 on a CPU, else as it was saved.
+
+    Args:
+        path: a folder or a Hugging Face name; None for the packaged small model.
+        device: as of torch; None for the first GPU, else the CPU.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is no such model, or it is no multimodal one.
+    """
     if not find_spec("transformers"):
         raise ImportError("Talking needs transformers: pip install 'linear-vision-zoo[mllm]'.")
     if path is None and not PACKAGED.exists():
@@ -147,29 +156,36 @@ def _load(path: str | None, device: str | None) -> tuple[Any, Any]:
     place = check_device(device or best_device())
     from transformers.utils import logging
 
-    from zoo.mllm import load
+    from zoo.mllm import loading
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        model, processor = load(path or PACKAGED, dtype=torch.float32 if place.type == "cpu" else "auto")
+        model, processor = loading.load(path or PACKAGED, dtype=torch.float32 if place.type == "cpu" else "auto")
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
         raise ValueError(f"{path or PACKAGED} cannot be loaded as a multimodal model: {reason}.") from error
     return model.to(place), processor
 
 
-def _options(path: str | None, model: Any, processor: Any, mask: str | None) -> dict[str, Any]:
-    """The model as it was trained, but for the mask if one is given."""
+def options(path: str | None, model: Any, processor: Any, mask: str | None) -> dict[str, Any]:
+    """The arguments of ``accelerate`` that a model was trained with, but for the mask if one is given.
+
+    Args:
+        path: as of ``load``.
+        model: of ``load``.
+        processor: of ``load``.
+        mask: what visual tokens see; None for what they saw in training.
+    """
     from zoo.mllm.conversations import assistant_marker
     from zoo.mllm.trained import load_trained
 
-    options = load_trained(path or PACKAGED, model)
+    trained = load_trained(path or PACKAGED, model)
     if mask is not None:
-        options["mask"] = mask
-    if options.get("mask", "causal").startswith("mma") and "prompt_end" not in options:
-        options["prompt_end"] = assistant_marker(processor)
-    return options
+        trained["mask"] = mask
+    if trained.get("mask", "causal").startswith("mma") and "prompt_end" not in trained:
+        trained["prompt_end"] = assistant_marker(processor)
+    return trained
 
 
 def _streamer(processor: Any) -> Any:

@@ -30,10 +30,7 @@ def test_assisted_decoding_is_refused(llava, llava_batch, change):
     inputs, assistant = llava_batch(1), llava.model.language_model
     options = {"max_new_tokens": 6, **GREEDY}
     assert llava.generate(**inputs, **options, prompt_lookup_num_tokens=2).shape[1] > inputs["input_ids"].shape[1]
-    with (
-        start(llava, change),
-        pytest.raises(ValueError, match=r"cannot be c\w+ back: generate without an assistant|rop"),
-    ):
+    with start(llava, change), pytest.raises(ValueError, match="cannot be cut back: generate without an assistant"):
         llava.generate(**inputs, **options, prompt_lookup_num_tokens=2)
     assert assistant is llava.get_decoder()
 

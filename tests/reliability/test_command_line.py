@@ -63,7 +63,7 @@ def test_any_arguments_end_with_a_code(folder, monkeypatch, arguments):
     def stop(*_, **__):
         raise Stop("stopped before the work")
 
-    for name in ("zoo.cli.Classifier", "zoo.cli.stage_table", "zoo.cli.compare", "zoo.chat._load"):
+    for name in ("zoo.cli.Classifier", "zoo.cli.stage_table", "zoo.cli.compare", "zoo.chat.load"):
         monkeypatch.setattr(name, stop)
     monkeypatch.setattr("zoo.cli.run_command", stop)
     monkeypatch.setattr("zoo.serve.command.serve", stop)

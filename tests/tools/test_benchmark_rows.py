@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from zoo.measure import Dtype
 from zoo.tools import benchmark_rows
-from zoo.tools.benchmark_rows import Case, Row, heights, hidden_share, largest
+from zoo.tools.benchmark_rows import Case, Row, heights, hidden_share, largest, measure
 
 CASE = Case("test_van", 2048, 2, "cuda", Dtype.bf16, 0)
 
@@ -46,6 +46,13 @@ def test_the_largest_picture(monkeypatch, overhead):
 def test_no_picture_fits(monkeypatch):
     monkeypatch.setattr(benchmark_rows, "measure", lambda case, deadline: "out of memory")
     assert largest(CASE, 256, time.monotonic() + 60) == 0
+
+
+def test_two_processes_on_a_cpu():
+    row = measure(Case("test_lightnet", 64, 2, "cpu", Dtype.fp32, 0.01), time.monotonic() + 300)
+    assert len(row.times) >= 3 and min(row.times) > 0 and row.rate > 0
+    assert (row.gathers, row.rows, row.peak, row.hidden) == (1 + 1 + 5 + 1, 0, None, None)
+    assert row.ring == 5 * 2 * (2 * 4) * 32 * 4  # in 5 blocks keys and values, float32, of 2 x 4 tokens of 32 channels
 
 
 def test_command_line(monkeypatch, tmp_path):

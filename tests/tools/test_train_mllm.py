@@ -219,14 +219,21 @@ def test_the_loss_is_that_of_the_model(folder, aligned, tmp_path):
     assert words[0].split() == ["red", "<end>", "left", "<end>"]
 
 
-def test_mask_and_mod_are_trained_with_and_told(folder, aligned, tmp_path):
+def test_mask_and_mod_are_trained_with_and_told(folder, aligned, tmp_path, monkeypatch):
+    made, routers = T.MultimodalTrainer, []
+
+    def starting(config, handle, **kwargs):
+        routers.append(handle.depth.router.weight.detach().clone())
+        return made(config, handle, **kwargs)
+
+    monkeypatch.setattr(T, "MultimodalTrainer", starting)
     config = instruct(folder, aligned, tmp_path, mask="mma", mod_ratio=0.5, mod_layers=[1, 2], lr=2e-2)
     T.run(config)
     model, processor = load(tmp_path / "model")
     options = load_trained(tmp_path / "model", model)
     assert options["mask"] == "mma" and options["depth"].ratio == 0.5 and options["depth"].layers == [1, 2]
     assert processor.tokenizer.decode(options["prompt_end"]) == "<assistant>"
-    torch.manual_seed(config.seed)
+    assert (options["depth"].router.weight - routers[0]).abs().max() > 1e-2  # one step of Adam is 2e-2
     assert not any(name.startswith("mod_router") for name in weights(tmp_path))
     asked = questions_of(read_conversations(folder / "train.json"))[:8]
     plain, _ = evaluate(model, processor, asked, max_new_tokens=2)
@@ -266,11 +273,19 @@ def test_mod_is_refused_with_fsdp(folder, aligned, tmp_path, monkeypatch):
         T.run(instruct(folder, aligned, tmp_path, mod_ratio=0.5, mod_layers=[1]))
 
 
-def test_gradient_checkpointing_changes_nothing(folder, aligned, tmp_path):
+def test_gradient_checkpointing_changes_nothing(folder, aligned, tmp_path, monkeypatch):
     options = {"train_tower": False, "mod_ratio": 0.5, "mod_layers": [1], "steps": 2}
+    export, again = T._export, []
+
+    def look(trainer, trained, *rest):
+        again.append(trained.is_gradient_checkpointing)
+        export(trainer, trained, *rest)
+
+    monkeypatch.setattr(T, "_export", look)
     T.run(instruct(folder, aligned, tmp_path / "a", **options))
     T.run(instruct(folder, aligned, tmp_path / "b", **options, gradient_checkpointing=True))
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert again == [False, True] and any(first[name].any() for name in first if ".lora_B." in name)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -35,11 +35,11 @@ def draw_kept_tokens(
         ImportError: transformers or matplotlib is not installed.
         ValueError: the model cannot be loaded, there is no such method, or the tokens form no grid.
     """
-    from zoo.chat import _load, _options
+    from zoo.chat import load, options
 
     picture = read_image(image)
-    model, processor = _load(folder, device)
-    with accelerate(model, list(reduce), **_options(folder, model, processor, None)) as handle:
+    model, processor = load(folder, device)
+    with accelerate(model, list(reduce), **options(folder, model, processor, None)) as handle:
         inputs = encode(model, processor, [[message("user", prompt, [picture])]])
         generate(model, processor, inputs, max_new_tokens=1)
         with replacing(out) as part:

@@ -98,10 +98,10 @@ def load_chat(path: str | None, device: str | None) -> Chat:
         ImportError: the extra ``mllm`` is not installed.
         ValueError: there is no such model, or it is no multimodal one.
     """
-    from zoo.chat import PACKAGED, _load, _options
+    from zoo.chat import PACKAGED, load, options
 
-    model, processor = _load(path, device)
-    return Chat(model, processor, path or PACKAGED.name, _options(path, model, processor, mask=None))
+    model, processor = load(path, device)
+    return Chat(model, processor, path or PACKAGED.name, options(path, model, processor, mask=None))
 
 
 def draw_seen(picture: Image.Image, seen: Tensor) -> Image.Image | None:
