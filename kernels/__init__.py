@@ -1,4 +1,4 @@
-"""Operators of linear-complexity vision backbones, each with a reference, a PyTorch and (later) a Triton backend.
+"""Operators of linear-complexity vision backbones, each with a reference, a PyTorch and a Triton backend.
 
 The repository's folder ``kernels`` is the package ``zoo.kernels``. Imported under its bare name, as other packages may
 do that look for one called so, it does nothing.

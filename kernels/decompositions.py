@@ -1,6 +1,7 @@
 """The operators as plain PyTorch operators, for exported graphs that are to run where there is no zoo.
 
 Each takes any batch and any size, without a branch or a loop that depends on them, so that one graph is right for all.
+And each writes into no tensor: the PyTorch backends do, which ``run_decompositions`` refuses.
 """
 
 from collections.abc import Callable
@@ -131,9 +132,8 @@ def _before(log_decay: Tensor, updates: Tensor) -> tuple[Tensor, Tensor, Tensor]
     total = log_decay.cumsum(-2)
     steps = torch.arange(total.shape[-2], device=total.device)
     earlier = (steps[:, None] > steps).unsqueeze(-1)
-    decay = (total - log_decay).unsqueeze(-2) - total.unsqueeze(
-        -3
-    )  # from the end of a step to the beginning of another
+    # From the end of a step to the beginning of another.
+    decay = (total - log_decay).unsqueeze(-2) - total.unsqueeze(-3)
     weights = torch.where(earlier, decay, -torch.inf).exp()  # (..., M, M, D)
     states = torch.einsum("...mjd,...jde->...mde", weights, updates)
     whole = ((total[..., -1:, :] - total).exp().unsqueeze(-1) * updates).sum(-3)

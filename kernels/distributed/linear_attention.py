@@ -83,7 +83,7 @@ def linear_attention(
 
 def _backends(q: Tensor, v: Tensor, settings: Settings) -> dict:
     backends = {"torch": attend}
-    if "triton" in op._backends(q, v, settings, "forward"):
+    if op.has_triton_kernels(q, v, settings):
 
         def on_triton(*arguments: Tensor | None) -> Tensor:
             from zoo.kernels.distributed.linear_attention_triton import attend

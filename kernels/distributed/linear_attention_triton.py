@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from zoo.kernels.distributed.exchange import gather
 from zoo.kernels.distributed.linear_attention import Split
-from zoo.kernels.linear_attention import triton as kernels
+from zoo.kernels.launch import unit_channels
 from zoo.kernels.linear_attention.settings import pack, unpack
+from zoo.kernels.linear_attention.triton import empty_float32, plan_of, terms_of
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, split: Split) -> Tensor:
@@ -44,37 +45,32 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, split: Split
 ) -> tuple[Tensor, Tensor]:
     """The result, and what the backward pass needs of all ranks."""
-    q, k, v, local, gate = map(kernels._unit, (q, k, v, local, gate))
+    q, k, v, local, gate = map(unit_channels, (q, k, v, local, gate))
     settings, (batch, N, heads, D), E = split.settings, q.shape, v.shape[-1]
     weights = settings.token_weights
     if N == 0:  # zeros, and -inf in the place of a maximum or of a logarithm
         shapes = settings.saved(D, E).items()
-        own = {name: kernels._numbers((batch, heads, *shape), q.device).zero_() for name, shape in shapes}
+        own = {name: empty_float32((batch, heads, *shape), q.device).zero_() for name, shape in shapes}
         if weights:
             own["query"] = split.sum(own["query"]) / split.total
         for name in ("key",) if settings.normalisation == "keys" else ("top",) if weights else ():
             own[name].fill_(-torch.inf)
         return q.new_empty(v.shape), pack(split.combined(own), settings)
-    plan = kernels._plan_of(q, v, local, gate, settings)
+    plan = plan_of(q, v, local, gate, settings)
     table = q if plan.table is None else plan.table
-    tokens, grids, splits = plan.tokens, plan.grids, plan.splits
+    terms, where, factors = terms_of(q, local, gate), plan.map, (settings.scale, settings.eps)
     mean = q
     if weights:
-        part = kernels._numbers(plan.mean_parts["mean"], q.device)
-        kernels._mean[grids["mean"]](q, part, *kernels._strides(q), *tokens["mean"], settings.scale, **plan.of_mean)
+        part = empty_float32(plan.mean_parts["mean"], q.device)
+        plan.launch("mean", settings.scale)(q, part)
         mean = _mean_over_all(part, D, split)
-    part = kernels._numbers(plan.parts["state"], q.device)
-    kernels._state[grids["state"]](
-        k, v, mean, table, part, *kernels._strides(k, v), *tokens["state"], 1, *plan.map, plan.root, **plan.of_state
-    )
-    saved, chunk = kernels._numbers(plan.saved, q.device), tokens["state"][2]
-    kernels._combine[plan.tiles](part, mean, saved, splits["state"], 1, chunk, N, **plan.of_combine)
+    part = empty_float32(plan.parts["state"], q.device)
+    plan.launch("state", 1, *where, plan.root)(k, v, mean, table, part)
+    saved, chunk = empty_float32(plan.saved, q.device), plan.tokens["state"][2]
+    plan.launch("combine", plan.splits["state"], 1, chunk, N)(part, mean, saved)
     saved = pack(split.combined(unpack(saved, settings, D, E)), settings)
-    out, terms = q.new_empty(v.shape), (q if local is None else local, q if gate is None else gate)
-    kernels._read[grids["read"]](
-        q, *terms, out, table, saved, *kernels._strides(q, *terms), *tokens["read"], *plan.map,
-        settings.scale, settings.eps, **plan.of_read,
-    )  # fmt: skip
+    out = q.new_empty(v.shape)
+    plan.launch("read", *where, *factors)(q, *terms, out, table, saved)
     return out, saved
 
 
@@ -83,11 +79,10 @@ def backward(
     split: Split,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of q, k, v, local and gate; of what is None an empty tensor."""
-    grad, q, k, v, local, gate = map(kernels._unit, (grad, q, k, v, local, gate))
+    grad, q, k, v, local, gate = map(unit_channels, (grad, q, k, v, local, gate))
     settings, (batch, N, heads, D), E = split.settings, q.shape, v.shape[-1]
-    grads = d_q, d_k, d_v, d_local, d_gate = tuple(
-        q.new_empty(0) if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
-        for x in (q, k, v, local, gate)
+    grads = d_q, d_k, d_v, d_local, _ = tuple(
+        q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, local, gate)
     )
     weights, subtracts = settings.token_weights, settings.normalisation == "subtraction"
     width = E if subtracts else D
@@ -97,36 +92,26 @@ def backward(
         if weights:
             split.sum(saved.new_zeros(batch, heads, D))
         return grads
-    plan = kernels._plan_of(q, v, local, gate, settings)
+    plan = plan_of(q, v, local, gate, settings)
     table = q if plan.table is None else plan.table
-    tokens, grids = plan.tokens, plan.grids
-    terms, factors = (q if local is None else local, q if gate is None else gate), (settings.scale, settings.eps)
-    part = kernels._numbers(plan.parts["read_backward"], q.device)
-    kernels._read_backward[grids["read_backward"]](
-        grad, q, *terms, d_q, d_local, d_gate, table, saved, part, *kernels._strides(grad, q, *terms),
-        *tokens["read_backward"], *plan.map, *factors, **plan.of_read_backward,
-    )  # fmt: skip
+    terms, where, factors = terms_of(q, local, gate), plan.map, (settings.scale, settings.eps)
+    part = empty_float32(plan.parts["read_backward"], q.device)
+    plan.launch("read_backward", *where, *factors)(grad, q, *terms, d_q, *grads[3:], table, saved, part)
     part = part.sum(1).unflatten(0, (batch, heads))  # (B, H, size): the gradient of S (BD, BE), then of its vector
-    BD, BE = plan.of_read["BD"], plan.of_read["BE"]
+    BD, BE = (plan.constants["read"][name] for name in ("BD", "BE"))
     d_state = part[..., : BD * BE].unflatten(2, (BD, BE))[:, :, :D, :E]
     d_vector = part[..., BD * BE : BD * BE + width]
     share = 1.0 if weights or settings.normalisation == "keys" else N / split.total
     for mine, whole in zip((d_state, d_vector), _summed(d_state, d_vector, split)):
         mine.copy_(whole * share)
-    combined = kernels._numbers(plan.combined, q.device)
-    kernels._combine_backward[plan.tiles](part, saved, combined, 1, **plan.of_combine_backward)
-    mean = kernels._numbers(plan.mean_parts["keys_backward"], q.device) if weights else q
-    kernels._keys_backward[grids["keys_backward"]](
-        k, v, d_k, d_v, table, saved, combined, mean, *kernels._strides(k, v), *tokens["keys_backward"], *plan.map,
-        plan.root, **plan.of_keys_backward,
-    )  # fmt: skip
+    combined = empty_float32(plan.combined, q.device)
+    plan.launch("combine_backward", 1)(part, saved, combined)
+    mean = empty_float32(plan.mean_parts["keys_backward"], q.device) if weights else q
+    plan.launch("keys_backward", *where, plan.root)(k, v, d_k, d_v, table, saved, combined, mean)
     if weights:
         mean = _mean_over_all(mean, D, split)
         d_out, times = (grad, terms[1]) if local is None else (d_local, q)
-        kernels._query_backward[grids["query_backward"]](
-            d_out, q, times, d_q, table, saved, mean, *kernels._strides(d_out, q, times),
-            *tokens["query_backward"], 1, *plan.map, *factors, **plan.of_query_backward,
-        )  # fmt: skip
+        plan.launch("query_backward", 1, *where, *factors)(d_out, q, times, d_q, table, saved, mean)
     return grads
 
 

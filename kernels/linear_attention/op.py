@@ -127,14 +127,19 @@ def compute_backward(grad: Tensor, saved: Tensor, q: Tensor, k: Tensor, v: Tenso
 
 def _backends(q: Tensor, v: Tensor, settings: Settings, direction: str) -> dict[str, Callable]:
     backends = {"torch": getattr(torch_backend, direction)}
-    known = settings.normalisation == "division" or not settings.token_weights
-    wide = settings.normalisation == "division" or q.dtype != torch.float32
-    fits = max(q.shape[-1], v.shape[-1]) <= (TRITON_MAX_HEAD_DIM if wide else TRITON_MAX_HEAD_DIM_FLOAT32)
-    if known and fits and q.dtype != torch.float64:
+    if has_triton_kernels(q, v, settings):
         backends["triton"] = triton_backend(
             "zoo.kernels.linear_attention.triton", f"plan_{direction}", backends["torch"]
         )
     return backends
+
+
+def has_triton_kernels(q: Tensor, v: Tensor, settings: Settings) -> bool:
+    """Whether there are Triton kernels for such arguments."""
+    known = settings.normalisation == "division" or not settings.token_weights
+    wide = settings.normalisation == "division" or q.dtype != torch.float32
+    fits = max(q.shape[-1], v.shape[-1]) <= (TRITON_MAX_HEAD_DIM if wide else TRITON_MAX_HEAD_DIM_FLOAT32)
+    return known and fits and q.dtype != torch.float64
 
 
 def flops(

@@ -23,15 +23,14 @@ goes into launches, and a head's tokens stay in the caches.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoo.kernels.launch import Launch, unit_channels, with_unit_channels
+from zoo.kernels.launch import Launch, with_unit_channels
 from zoo.kernels.linear_attention.reference import angles_of_heads
 from zoo.kernels.linear_attention.settings import Settings
 
@@ -921,6 +920,21 @@ def _chunk(N: int, heads: int, BN: int, programs: int) -> int:
     return triton.cdiv(blocks, min(blocks, max(1, programs // heads), MAX_SPLITS)) * BN
 
 
+# The kernels by name, and how many of their tensors, the first ones, are strided.
+KERNELS = {
+    "mean": (_mean, 1),
+    "state": (_state, 2),
+    "combine": (_combine, 0),
+    "read": (_read, 3),
+    "read_backward": (_read_backward, 4),
+    "combine_backward": (_combine_backward, 0),
+    "keys_backward": (_keys_backward, 2),
+    "query_backward": (_query_backward, 3),
+    "short": (_short, 5),
+    "short_backward": (_short_backward, 6),
+}
+
+
 class _Plan:
     """Block sizes, splits and constants of calls with the same shapes; only the grid depends on the tokens."""
 
@@ -943,10 +957,12 @@ class _Plan:
         block = {kernel: _block(kernel, BD, BE, dtype) for kernel in BLOCKS}
         chunk = {kernel: _chunk(N, count, block[kernel][0], PROGRAMS[kernel]) for kernel in PROGRAMS}
         splits = {kernel: triton.cdiv(N, tokens) for kernel, tokens in chunk.items()}
-        self.tokens = {kernel: (N, heads, chunk[kernel]) for kernel in PROGRAMS}
-        self.grids, self.splits = {kernel: (count, splits[kernel]) for kernel in PROGRAMS}, splits
+        self.splits, self.tokens = splits, {kernel: (N, heads, chunk[kernel]) for kernel in PROGRAMS}
+        self.tokens |= dict.fromkeys(("short", "short_backward"), (N, heads))
         rows = 2 if BE > 64 else 4
-        self.heads, self.tiles = (count,), (count, BD // rows)
+        self.grids = {kernel: (count, splits[kernel]) for kernel in PROGRAMS}
+        self.grids |= dict.fromkeys(("short", "short_backward"), (count,))
+        self.grids |= dict.fromkeys(("combine", "combine_backward"), (count, BD // rows))
         keys, rotate = settings.normalisation == "keys", settings.height > 0
         self.table = _table(settings, heads, D, device) if rotate else None
         turn = self.table.stride(0) if settings.rotary_across_heads and rotate else 0
@@ -969,45 +985,46 @@ class _Plan:
         weights, terms = {"WEIGHTS": settings.token_weights}, {"LOCAL": local, "GATE": gate}
         saved, part = {"SAVED": self.saved[2]}, {"PART": part_size}
         rows_of_states = {"ROWS": rows, "num_warps": 4}
-        self.of_mean = {key: tokens["mean"][key] for key in ("KIND", "D", "BD", "BN", "num_warps", "num_stages")}
-        self.of_state = {**tokens["state"], **form, **weights, **part}
-        self.of_combine = {**sizes, **form, **weights, **saved, **part, **rows_of_states}
-        self.of_read = {**tokens["read"], **form, **terms, **saved}
-        self.of_short, self.of_short_backward = (
-            {**tokens[kernel], **form, **terms, **saved, **weights} for kernel in ("short", "short_backward")
-        )
-        self.of_read_backward = {**tokens["read_backward"], **form, **terms, **saved, **part}
-        self.of_read_backward["QUERY"] = not settings.token_weights
-        self.of_combine_backward = {**sizes, **form, **saved, **part, **rows_of_states}
-        self.of_keys_backward = {**tokens["keys_backward"], **form, **weights, **saved, **part, "TILES": BD // rows}
-        self.of_query_backward = {**tokens["query_backward"], **weights, **saved, "ROTATE": rotate}
-        self.of_query_backward["GATE"] = gate and not local
+        self.constants = {
+            "mean": {key: tokens["mean"][key] for key in ("KIND", "D", "BD", "BN", "num_warps", "num_stages")},
+            "state": {**tokens["state"], **form, **weights, **part},
+            "combine": {**sizes, **form, **weights, **saved, **part, **rows_of_states},
+            "read": {**tokens["read"], **form, **terms, **saved},
+            "read_backward": {
+                **tokens["read_backward"], **form, **terms, **saved, **part, "QUERY": not settings.token_weights,
+            },
+            "combine_backward": {**sizes, **form, **saved, **part, **rows_of_states},
+            "keys_backward": {**tokens["keys_backward"], **form, **weights, **saved, **part, "TILES": BD // rows},
+            "query_backward": {
+                **tokens["query_backward"], **weights, **saved, "ROTATE": rotate, "GATE": gate and not local,
+            },
+            **{
+                kernel: {**tokens[kernel], **form, **terms, **saved, **weights}
+                for kernel in ("short", "short_backward")
+            },
+        }  # fmt: skip
 
-    def launch(self, kernel: Any, name: str, strided: int, numbers: Sequence[float], constants: dict) -> Launch:
-        """A kernel on the chunks of a head that ``name`` has."""
-        numbers = (*self.tokens[name], *numbers)
-        return Launch(kernel, self.grids[name], numbers, constants, self.device, strided)
+    def launch(self, name: str, *numbers: float) -> Launch:
+        """A kernel with its grid, its tokens and its constants, and with the numbers that follow the tokens."""
+        kernel, strided = KERNELS[name]
+        numbers = (*self.tokens.get(name, ()), *numbers)
+        return Launch(kernel, self.grids[name], numbers, self.constants[name], self.device, strided)
 
 
 _plan = functools.lru_cache(maxsize=256)(_Plan)
 
 
-def _plan_of(q: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings) -> _Plan:
+def plan_of(q: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings) -> _Plan:
+    """The plan of a call with such arguments."""
     return _plan(q.shape, v.shape[-1], q.dtype, q.device, settings, local is not None, gate is not None)
 
 
-def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def empty_float32(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Memory for sums."""
     return torch.empty(shape, device=device, dtype=torch.float32)
 
 
-_unit = unit_channels  # this and the next are for zoo.kernels.distributed
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _terms(q: Tensor, local: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+def terms_of(q: Tensor, local: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """Local term and gate; any tensor for what is None, which no kernel reads."""
     return q if local is None else local, q if gate is None else gate
 
@@ -1017,29 +1034,28 @@ def plan_forward(
     q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function of arguments like these: the result of ``linear_attention``, and what the backward pass needs."""
-    plan = _plan_of(q, v, local, gate, settings)
+    plan = plan_of(q, v, local, gate, settings)
     splits, where, factors = plan.splits, plan.map, (settings.scale, settings.eps)
-    N, heads, chunk = plan.tokens["state"]
-    short = Launch(_short, plan.heads, (N, heads, *where, plan.root, *factors), plan.of_short, plan.device, 5)
-    mean = plan.launch(_mean, "mean", 1, (settings.scale,), plan.of_mean)
-    state = plan.launch(_state, "state", 2, (splits["mean"], *where, plan.root), plan.of_state)
-    numbers = (splits["state"], splits["mean"], chunk, N)
-    combine = Launch(_combine, plan.tiles, numbers, plan.of_combine, plan.device)
-    read = plan.launch(_read, "read", 3, (*where, *factors), plan.of_read)
+    N, _, chunk = plan.tokens["state"]
+    short = plan.launch("short", *where, plan.root, *factors)
+    mean = plan.launch("mean", settings.scale)
+    state = plan.launch("state", splits["mean"], *where, plan.root)
+    combine = plan.launch("combine", splits["state"], splits["mean"], chunk, N)
+    read = plan.launch("read", *where, *factors)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, local: Tensor | None, gate: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        terms, table = _terms(q, local, gate), q if plan.table is None else plan.table
-        out, saved = q.new_empty(v.shape), _numbers(plan.saved, q.device)
+        terms, table = terms_of(q, local, gate), q if plan.table is None else plan.table
+        out, saved = q.new_empty(v.shape), empty_float32(plan.saved, q.device)
         if plan.short:
             short(q, k, v, *terms, out, table, saved)
             return out, saved
         mean_part = q
         if settings.token_weights:
-            mean_part = _numbers(plan.mean_parts["mean"], q.device)
+            mean_part = empty_float32(plan.mean_parts["mean"], q.device)
             mean(q, mean_part)
-        part = _numbers(plan.parts["state"], q.device)
+        part = empty_float32(plan.parts["state"], q.device)
         state(k, v, mean_part, table, part)
         combine(part, mean_part, saved)
         read(q, *terms, out, table, saved)
@@ -1060,16 +1076,13 @@ def plan_backward(
     settings: Settings,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """A function of arguments like these: gradients of q, k, v, local and gate; of what is None an empty tensor."""
-    plan = _plan_of(q, v, local, gate, settings)
+    plan = plan_of(q, v, local, gate, settings)
     splits, where, factors = plan.splits, plan.map, (settings.scale, settings.eps)
-    numbers = (*q.shape[1:3], *where, plan.root, *factors)
-    short = Launch(_short_backward, plan.heads, numbers, plan.of_short_backward, plan.device, 6)
-    read = plan.launch(_read_backward, "read_backward", 4, (*where, *factors), plan.of_read_backward)
-    numbers = (splits["read_backward"],)
-    combine = Launch(_combine_backward, plan.tiles, numbers, plan.of_combine_backward, plan.device)
-    keys = plan.launch(_keys_backward, "keys_backward", 2, (*where, plan.root), plan.of_keys_backward)
-    numbers = (splits["keys_backward"], *where, *factors)
-    query = plan.launch(_query_backward, "query_backward", 3, numbers, plan.of_query_backward)
+    short = plan.launch("short_backward", *where, plan.root, *factors)
+    read = plan.launch("read_backward", *where, *factors)
+    combine = plan.launch("combine_backward", splits["read_backward"])
+    keys = plan.launch("keys_backward", *where, plan.root)
+    query = plan.launch("query_backward", splits["keys_backward"], *where, *factors)
 
     def run(
         grad: Tensor,
@@ -1082,17 +1095,17 @@ def plan_backward(
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         saved = saved.contiguous()
-        terms, table = _terms(q, local, gate), q if plan.table is None else plan.table
+        terms, table = terms_of(q, local, gate), q if plan.table is None else plan.table
         grads = d_q, d_k, d_v, d_local, _ = tuple(
             q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, local, gate)
         )
         if plan.short:
             short(grad, q, k, v, *terms, *grads, table, saved)
             return grads
-        part, combined = _numbers(plan.parts["read_backward"], q.device), _numbers(plan.combined, q.device)
+        part, combined = empty_float32(plan.parts["read_backward"], q.device), empty_float32(plan.combined, q.device)
         read(grad, q, *terms, d_q, *grads[3:], table, saved, part)
         combine(part, saved, combined)
-        mean_part = _numbers(plan.mean_parts["keys_backward"], q.device) if settings.token_weights else q
+        mean_part = empty_float32(plan.mean_parts["keys_backward"], q.device) if settings.token_weights else q
         keys(k, v, d_k, d_v, table, saved, combined, mean_part)
         if settings.token_weights:
             # The gradient of a local term is that of o.

@@ -46,6 +46,12 @@ def main(cases):
     print(json.dumps({name: [ranks[i][name] for i in range(count)] for name, (count, _) in cases.items()}))
 
 
+def error(result, exact):
+    """The norm of the difference, relative to the exact one."""
+    assert result.shape == exact.shape and result.isfinite().all(), (result.shape, exact.shape)
+    return ((result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
+
+
 def _rank(rank, world, folder, cases):
     torch.set_num_threads(1)
     method, timeout = f"file://{folder}/store", timedelta(seconds=TIMEOUT)

@@ -1,13 +1,21 @@
 """The choice of a backend."""
 
+import gc
 import sys
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from zoo.kernels import depthwise_conv2d
+from zoo.kernels import (
+    bidirectional_gated_linear_attention,
+    depthwise_conv2d,
+    gated_linear_attention,
+    large_kernel_attention,
+    linear_attention,
+)
 from zoo.kernels.dispatch import PLANS, _missing, planned, select_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -152,3 +160,22 @@ def test_plans_are_not_kept_without_end(monkeypatch):
     double = planned(lambda x: lambda x: 2 * x)
     assert [double(x) for x in range(10)] == list(range(0, 20, 2))
     assert len(PLANS) <= 3
+
+
+def test_plans_keep_no_tensors():
+    PLANS.clear()
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    kernel, mix = torch.randn(4, 1, 3, 3, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    q, state = x.flatten(1, 2).unsqueeze(2), torch.randn(1, 1, 4, 4, requires_grad=True)
+    y = depthwise_conv2d(x, kernel, activation="gelu", gate=x) + large_kernel_attention(
+        x, kernel, None, kernel, None, mix, None
+    )
+    out = linear_attention(q, q, q, token_weights=True, grid=(2, 3), local=q, gate=q)
+    out = out + bidirectional_gated_linear_attention(q, q, q, -q * q, -q * q)
+    out = out + gated_linear_attention(q, q, q, -q * q, state)[0]
+    (y.sum() + out.sum()).backward()
+    assert len(PLANS) == 5 + 6  # each forward and backward; the convolution's activation has its own backward pass
+    kept = [weakref.ref(tensor) for tensor in (x, kernel, mix, q, state, y, out, x.grad)]
+    del x, kernel, mix, q, state, y, out
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
+from ranks import error
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,11 +42,6 @@ class Collectives(TorchDispatchMode):
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def error(result, exact):
-    assert result.shape == exact.shape and result.isfinite().all(), (result.shape, exact.shape)
-    return ((result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
 
 
 def compare(group, run_split, run_whole, tensors, parameters, cut, cut_out=None):
@@ -271,6 +267,7 @@ def test_a_ring_passes_keys_and_values_on(found):
     of_a_token = 2 * 2 * 2 * 8  # keys and values, pictures, heads, channels
     first = found["softmax three"][0]
     assert first["forward"] == [3 * of_a_token, 2 * of_a_token]
+    assert len(first["backward"]) == 2 + 3  # the gradients of a block go one step further, back to where it came from
 
 
 def test_what_is_said_of_bad_arguments(found):

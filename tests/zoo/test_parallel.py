@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import ranks
+from ranks import error
 
 import zoo  # noqa: F401  (registers the models)
 from zoo.deploy import fuse
@@ -34,11 +35,6 @@ def make(name, **options):
             elif x.is_floating_point():
                 x.add_(torch.randn_like(x) * 0.05)
     return model
-
-
-def error(result, exact):
-    assert result.shape == exact.shape and result.isfinite().all(), (result.shape, exact.shape)
-    return ((result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)).item()
 
 
 def strip_of(maps, stride, heights, rank):
@@ -62,7 +58,7 @@ def model_case(name, heights, width, fused=False, checkpointing=False, **options
             exact = exact_model(pictures.double())
             with Traffic() as traffic:
                 found["logits"] = error(split(strip), exact)
-            found["gathers"], found["exchanges"] = traffic.gathers, traffic.exchanges
+            found |= {key: getattr(traffic, key) for key in ("gathers", "gathered", "exchanges", "rows")}
             found["left alone"] = error(model(pictures), exact)
             maps = split.forward_intermediates(strip, intermediates_only=True)
             exact = exact_model.forward_intermediates(pictures.double(), intermediates_only=True)
@@ -112,11 +108,14 @@ CASES = {
     "van fused": model_case("test_van", (20, 44), 40, fused=True),
     "ravlt": model_case("ravlt_nano", (70, 35), 64),
     "ravlt of three": model_case("test_ravlt", (13, 64, 0), 70),
+    "ravlt fused": model_case("test_ravlt", (20, 44), 40, fused=True),
     "ravlt checkpointing": model_case("test_ravlt", (40, 25), 40, checkpointing=True),
     "lightnet": model_case("lightnet_nano", (45, 60), 50),
     "lightnet of three": model_case("test_lightnet", (50, 3, 40), 40),
+    "lightnet fused": model_case("test_lightnet", (20, 44), 40, fused=True),
     "inline": model_case("test_inline_deit", (70, 43), 64),
     "inline of three": model_case("test_inline_deit", (10, 0, 90), 64, global_pool="avg"),
+    "inline fused": model_case("test_inline_deit", (20, 44), 40, fused=True),
     "mistakes": (2, mistakes),
 }
 
@@ -148,6 +147,12 @@ def test_every_rank_has_what_one_rank_has(found, name):
 )
 def test_collectives_of_a_forward_pass(found, name, gathers, exchanges):
     assert [(result["gathers"], result["exchanges"]) for result in found[name]] == [(gathers, exchanges)] * 2
+
+
+def test_bytes_of_a_forward_pass(found):
+    """The shape of the strip and the sums of 192 channels of two pictures; the three rows that complete a patch."""
+    assert [result["gathered"] for result in found["van"]] == [4 * 8 + 2 * 192 * 4] * 2
+    assert [result["rows"] for result in found["lightnet"]] == [0, 3 * 2 * 56 * 3 * 4]
 
 
 @pytest.mark.parametrize(
