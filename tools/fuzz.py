@@ -37,13 +37,13 @@ def checkpoint(data: bytes) -> None:
     """The reader of checkpoints: tensors by name, or a CheckpointError of one line."""
     import torch
 
-    from zoo.checkpoints import CheckpointError, _read
+    from zoo.checkpoints import CheckpointError, read_weights
 
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
         try:
-            state, _, _ = _read(file.name, "auto")
+            state, _, _ = read_weights(file.name, "auto")
         except CheckpointError as error:
             _check_line(error)
         else:

@@ -21,7 +21,15 @@ from zoo.download import file_sha256, resolve
 from zoo.files import replacing
 from zoo.restricted_reader import CheckpointError, Inert, read_pickled
 
-__all__ = ["CheckpointError", "LoadReport", "convert_checkpoint", "create_model", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "convert_checkpoint",
+    "create_model",
+    "load_checkpoint",
+    "read_weights",
+    "save_checkpoint",
+]
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
 Which = Literal["auto", "model", "ema"]
@@ -134,7 +142,7 @@ def _authors_weights(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if not timm.model_entrypoint(name).__module__.startswith("zoo."):
         return {}
     url = timm.get_pretrained_cfg(name).url
-    return {"pretrained_cfg_overlay": {"state_dict": _read(url, "auto")[0]}} if url else {}
+    return {"pretrained_cfg_overlay": {"state_dict": read_weights(url, "auto")[0]}} if url else {}
 
 
 def load_checkpoint(model: nn.Module, source: Source, *, strict: bool = True, which: Which = "auto") -> LoadReport:
@@ -166,7 +174,7 @@ def load_checkpoint(model: nn.Module, source: Source, *, strict: bool = True, wh
         raise ValueError(
             "The model is on the meta device and cannot hold weights: call model.to_empty(device=...) first."
         )
-    named, report = _match(model, *_read(source, which), strict=strict)
+    named, report = _match(model, *read_weights(source, which), strict=strict)
     model.load_state_dict({key: named[key] for key in report.loaded}, strict=False)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     share = sum(sizes.get(key, 0) for key in report.loaded) / max(sum(sizes.values()), 1)
@@ -204,7 +212,7 @@ def convert_checkpoint(
     destination = Path(destination)
     _check_destination(destination, overwrite)
     path = resolve(source)
-    state, _, weights = _read(path, which)
+    state, _, weights = read_weights(path, which)
     model = timm.create_model(model_name, **model_kwargs)
     if "num_classes" not in model_kwargs:
         model.reset_classifier(_head_classes(model, _named_for(model, state)) or 0)
@@ -253,8 +261,14 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{destination} exists: choose another name, or overwrite=True to replace it.")
 
 
-def _read(source: Source, which: Which) -> tuple[dict[str, Tensor], str, Literal["model", "ema"]]:
-    """The wanted tensors of a source by their names there, what to call the source, and which weights they are."""
+def read_weights(source: Source, which: Which) -> tuple[dict[str, Tensor], str, Literal["model", "ema"]]:
+    """The wanted tensors of a source by their names there, what to call the source, and which weights they are.
+
+    Raises:
+        CheckpointError: the source cannot be read as tensors by name, or does not hold the wanted ones.
+        OSError: there is no such file, or it cannot be downloaded.
+        ValueError: `which` is none of the three.
+    """
     if which not in ("auto", "model", "ema"):
         raise ValueError(f"which={which!r} is not one of 'auto', 'model' and 'ema'.")
     if isinstance(source, Mapping):

@@ -423,9 +423,8 @@ def _table(results: Sequence[Result]) -> Table:
         picture = os.path.relpath(result.source, shared) if shared else result.source
         for name, probability in zip(result.prediction.names, result.prediction.probabilities):
             bar = ProgressBar(1.0, probability, width=20, finished_style="bar.complete")
-            table.add_row(
-                Text(printable(picture)), Text(name), bar, f"{probability:.1%}", style="bold" if picture else ""
-            )
+            shown = (Text(printable(text)) for text in (picture, name))
+            table.add_row(*shown, bar, f"{probability:.1%}", style="bold" if picture else "")
             picture = ""
     return table
 

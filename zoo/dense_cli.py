@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,7 +137,7 @@ def _run(
             for thing in objects(result.answer):
                 annotations.append({"id": len(annotations) + 1, "image_id": len(images), **thing})
         elif not where:
-            table.add_row(Text(printable(result.source)), Text(names(result.answer)))
+            table.add_row(Text(printable(result.source)), Text(printable(names(result.answer))))
 
     for result in _tracked(model.predict_all(pictures), len(pictures), ""):
         if result.error:
@@ -222,31 +222,27 @@ def _names_in(folder: Path, sources: Sequence[str]) -> dict[str, Path]:
 
 @contextmanager
 def _video_sink(path: Path | None, rate: float) -> Iterator[Callable[[Image.Image], None]]:
-    """A function that adds a frame to a video, which takes its name when all is written."""
+    """A function that adds a frame to a video, which takes its name when all is written; of no frames there is none."""
     if path is None:
         yield lambda frame: None
         return
     import cv2
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
     writer: cv2.VideoWriter | None = None
 
-    def write(frame: Image.Image) -> None:
-        nonlocal writer
-        if writer is None:
-            writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), rate, frame.size)
-            if not writer.isOpened():
-                raise OSError(f"{path} cannot be written as a video here.")
-        writer.write(np.asarray(frame)[..., ::-1].copy())
+    with ExitStack() as stack:
 
-    try:
+        def write(frame: Image.Image) -> None:
+            nonlocal writer
+            if writer is None:
+                part = stack.enter_context(replacing(path, ".mp4"))
+                writer = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"mp4v"), rate, frame.size)
+                stack.callback(writer.release)  # before the file takes its name
+                if not writer.isOpened():
+                    raise OSError("it cannot be written as a video here")
+            writer.write(np.asarray(frame)[..., ::-1].copy())
+
         yield write
-        if writer:
-            writer.release()
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def detected_objects(found: Detections) -> Iterator[dict[str, Any]]:

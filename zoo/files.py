@@ -11,11 +11,15 @@ SHOWN = 40  # characters of a name that its temporary name begins with, which ma
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, suffix: str = "") -> Iterator[Path]:
     """A name to write to in the same folder, which is made, that takes the place of `path` when all is written.
 
     The temporary name is hidden, ends in ``.part`` and cannot be guessed, so that several processes may write the same
     file, and nobody can put a link in its place. A link at `path` is replaced, and what it leads to is left alone.
+
+    Args:
+        path: the file.
+        suffix: what follows ``.part``, for writers that tell the format by the name.
 
     Raises:
         OSError: the file cannot be written; the error names `path`, and what was there stays.
@@ -25,7 +29,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:  # a file of that name
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
-    part = path.with_name(f".{path.name[:SHOWN]}.{secrets.token_hex(8)}.part")
+    part = path.with_name(f".{path.name[:SHOWN]}.{secrets.token_hex(8)}.part{suffix}")
     try:
         yield part
         os.replace(part, path)

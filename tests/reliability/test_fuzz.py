@@ -82,7 +82,7 @@ def test_sound_files_are_read(target, monkeypatch):
 def test_an_error_that_is_not_documented_is_found(target, monkeypatch):
     reader = {
         "picture": "zoo.images.read_image",
-        "checkpoint": "zoo.checkpoints._read",
+        "checkpoint": "zoo.checkpoints.read_weights",
         "settings": "zoo.tools.train_classifier.load_config",
     }[target]
 

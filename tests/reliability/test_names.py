@@ -5,8 +5,12 @@ import os
 
 import numpy as np
 import pytest
+import typer
+from PIL import Image
 from pyarrow import parquet
 
+from zoo.bulk.command import _tell
+from zoo.bulk.run import Summary
 from zoo.images import ImageError, find_images, read_image
 from zoo.labels import read_labels
 from zoo.printable import printable
@@ -35,6 +39,33 @@ def test_names_with_control_characters(folder, weights, zoo, draw):
     found = json.loads(zoo("classify", "in", "--json", *weights, code=1).stdout)
     assert [os.path.basename(entry["source"]) for entry in found["results"]] == [HOSTILE, "b.png"]
     assert found["failed"][0]["source"].endswith(f"bad{HOSTILE}")
+
+
+def test_names_with_control_characters_in_bulk(tmp_path, capsys):
+    with pytest.raises(typer.Exit):
+        _tell(Summary(done=2, failed=1, errors=[f"{HOSTILE} is no picture"]), tmp_path)
+    said = capsys.readouterr().err
+    assert r"\x1b[2Jno\nline.png is no picture" in said and len(said.splitlines()) == 2
+
+
+def test_class_names_with_control_characters(folder, weights, zoo):
+    (folder / "names.txt").write_text("".join(f"\x1b[31mclass {number}\n" for number in range(1000)))
+    shown = zoo("classify", "a.png", "--labels", "names.txt", *weights).stdout
+    assert r"\x1b[31mclass " in shown and "\x1b" not in shown
+
+
+def test_class_names_of_boxes_and_maps_with_control_characters(folder, capsys):
+    pytest.importorskip("cv2", reason="drawn videos need the dense extra")
+    from zoo.dense import DenseResult
+    from zoo.dense_cli import _run
+
+    class Finds:
+        def predict_all(self, pictures):
+            return (DenseResult(path, Image.new("RGB", (4, 3)), HOSTILE) for path in pictures)
+
+    _run(Finds(), ["a.png"], False, None, False, draw=None, objects=None, names=str)
+    shown = capsys.readouterr().out
+    assert r"\x1b[2Jno\nline.png" in shown and "\x1b" not in shown
 
 
 def test_names_that_are_not_utf8(folder, weights, zoo, draw):

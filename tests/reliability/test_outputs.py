@@ -14,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from zoo import files
 from zoo.checkpoints import save_checkpoint
@@ -90,6 +91,28 @@ def test_a_file_where_a_folder_is_needed(folder, weights, zoo):
     assert (folder / "file").read_text() == "x"
     (folder / "folder.png").mkdir()
     assert "is a folder" in zoo("classify", "a.png", "--out", "folder.png", *weights, code=2).stderr
+
+
+def test_a_video_is_there_as_a_whole_or_not_at_all(tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="drawn videos need the dense extra")
+    from zoo.dense_cli import _video_sink
+
+    out, names = tmp_path / ("n" * 251 + ".mp4"), set()
+    out.write_bytes(b"old")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), _video_sink(out, 5) as write:
+            write(Image.new("RGB", (64, 48)))
+            names |= set(os.listdir(tmp_path))
+            raise KeyboardInterrupt
+        assert os.listdir(tmp_path) == [out.name] and out.read_bytes() == b"old"
+    assert len(names) == 3  # that of the video, and a temporary one of each time
+    with _video_sink(out, 5):
+        pass
+    assert out.read_bytes() == b"old"  # of no frame there is no video
+    with _video_sink(out, 5) as write:
+        for _ in range(3):
+            write(Image.new("RGB", (64, 48)))
+    assert os.listdir(tmp_path) == [out.name] and cv2.VideoCapture(str(out)).get(cv2.CAP_PROP_FRAME_COUNT) == 3
 
 
 # ---- links

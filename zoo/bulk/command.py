@@ -11,6 +11,7 @@ from rich.text import Text
 
 from zoo.bulk.recipe import Recipe
 from zoo.bulk.run import Summary, Watcher, run
+from zoo.printable import printable
 
 WINDOW = 300.0  # seconds over which the rate is measured; Ray reports whole shards
 
@@ -68,7 +69,7 @@ def _tell(summary: Summary, out: Path) -> None:
     if failed:
         typer.echo(f"{failed:,} of {rows:,} failed{', among them:' if summary.errors else '.'}", err=True)
         for error in summary.errors:
-            typer.echo(f"  {error}", err=True)
+            typer.echo(f"  {printable(error)}", err=True)
         raise typer.Exit(1 if failed < rows else 2)
 
 

@@ -17,7 +17,7 @@ class Workers:
     """The threads of a server.
 
     A request that is cancelled leaves its line at once. One that is being computed keeps its thread to the end, since a
-    thread cannot be stopped: no more than ``limits.concurrency`` ever compute.
+    thread cannot be stopped: no more than ``limits.concurrency`` ever compute, beside one that answers in words.
 
     Args:
         limits: of the server.
