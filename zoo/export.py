@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.dense import DenseModel
 from zoo.deploy import fuse
+from zoo.export_dense import PREPARATION, DetectorGraph, end_to_end
 from zoo.files import replacing
 from zoo.kernels.decompositions import decompositions
 
@@ -124,8 +125,6 @@ def _check_any_size(graph: torch.export.ExportedProgram, sample: Tensor) -> None
 def _subject(model: nn.Module | DenseModel) -> Subject:
     if not isinstance(model, DenseModel):
         return Subject(model, ("outputs",), {"preprocessing": resolve_data_config({}, model=model)})
-    from zoo.export_dense import PREPARATION, DetectorGraph, end_to_end
-
     network = end_to_end(model)
     facts = {"preprocessing": PREPARATION, "labels": model.labels}
     return Subject(network, network.names, facts, isinstance(network, DetectorGraph))
@@ -139,9 +138,8 @@ def _one_sentence(subject: Subject, what: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        while (
-            error.__cause__ and "ONNX" in str(error).partition("\n")[0]
-        ):  # the translation's own say only that it failed
+        # The translation's own errors say only that it failed.
+        while error.__cause__ and "ONNX" in str(error).partition("\n")[0]:
             error = error.__cause__
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise RuntimeError(f"{type(subject.network).__name__} cannot be made into {what}: {reason}.") from error

@@ -13,7 +13,7 @@ from zoo.detector import Detector
 
 PREPARATION = "RGB, 0 to 255, resized as the config's test pipeline does; normalised and padded inside"
 
-WH_RATIO_CLIP = 16 / 1000  # the default of mmdet's coder: an anchor grows and shrinks by no more
+MOST_GROWTH = 62.5  # of the sides of an anchor, and of their shrinking; what mmdet takes where it is not told
 
 
 def end_to_end(model: DenseModel) -> nn.Module:
@@ -176,7 +176,7 @@ class DetectorGraph(nn.Module):
 def _decode(coder: Any, anchors: Tensor, deltas: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes within a picture of that height and width; see mmdet's ``delta2bbox``, which branches on their number."""
     deltas = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
-    most = abs(math.log(WH_RATIO_CLIP))
+    most = math.log(MOST_GROWTH)
     extent = anchors[:, 2:] - anchors[:, :2]
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2 + deltas[:, :2] * extent
     half = extent * deltas[:, 2:].clamp(-most, most).exp() / 2

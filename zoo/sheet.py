@@ -33,44 +33,53 @@ def draw_sheet(results: Sequence[Result], title: str, total: int | None = None) 
         An RGB image on white.
     """
     shown = results[:LIMIT]
-    columns = min(len(shown), 4 if len(shown) <= 16 else 6)
+    columns = columns_of(len(shown))
     rows = -(-len(shown) // columns)
     left_out = (total or len(results)) - len(shown)
     top = MARGIN + TITLE + GAP
     grid = columns * THUMBNAIL + (columns - 1) * GAP
-    width = 2 * MARGIN + max(grid, round(_font(TITLE).getlength(title)))
+    width = 2 * MARGIN + max(grid, round(font(TITLE).getlength(title)))
     height = top + rows * TILE + (rows - 1) * GAP + (MARGIN if not left_out else 2 * MARGIN)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, _font(TITLE))
+    draw.text((MARGIN, MARGIN), title, INK, font(TITLE))
     for index, result in enumerate(shown):
         row, column = divmod(index, columns)
         _draw_tile(sheet, draw, MARGIN + column * (THUMBNAIL + GAP), top + row * (TILE + GAP), result)
     if left_out:
-        draw.text((MARGIN, height - MARGIN - CAPTION), f"and {left_out:,} more pictures", FAINT, _font(CAPTION))
+        draw.text((MARGIN, height - MARGIN - CAPTION), f"and {left_out:,} more pictures", FAINT, font(CAPTION))
     return sheet
 
 
 def _draw_tile(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, result: Result) -> None:
     edge = THUMBNAIL
-    backdrop = Image.new("RGB", (edge, edge), BACKDROP)
-    picture = result.thumbnail
-    backdrop.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
-    sheet.paste(backdrop, (x, y), _rounded(edge))
+    paste_in_square(sheet, x, y, edge, result.thumbnail)
     y += edge + 16
-    draw.text((x, y), _fit(os.path.basename(result.source) or result.source, CAPTION, edge), MUTED, _font(CAPTION))
+    draw.text((x, y), fit(os.path.basename(result.source) or result.source, CAPTION, edge), MUTED, font(CAPTION))
     y += CAPTION + 20
     best = zip(result.prediction.names[:NAMES], result.prediction.probabilities)
     for rank, (name, probability) in enumerate(best):
         share = f"{probability:.1%}"
-        share_width = _font(TEXT).getlength(share)
-        draw.text((x, y), _fit(name, TEXT, edge - share_width - 16), INK if rank == 0 else MUTED, _font(TEXT))
-        draw.text((x + edge - share_width, y), share, INK if rank == 0 else MUTED, _font(TEXT))
+        share_width = font(TEXT).getlength(share)
+        draw.text((x, y), fit(name, TEXT, edge - share_width - 16), INK if rank == 0 else MUTED, font(TEXT))
+        draw.text((x + edge - share_width, y), share, INK if rank == 0 else MUTED, font(TEXT))
         bar = (x, y + TEXT + 7, x + edge - 1, y + TEXT + 6 + BAR)
         draw.rounded_rectangle(bar, BAR // 2, TRACK)
         filled = max(BAR, round(edge * probability))  # never thinner than its round ends
         draw.rounded_rectangle((*bar[:2], x + filled - 1, bar[3]), BAR // 2, ACCENT if rank == 0 else ACCENT_LIGHT)
         y += ROW
+
+
+def columns_of(count: int) -> int:
+    """How many of so many pictures are side by side."""
+    return min(count, 4 if count <= 16 else 6)
+
+
+def paste_in_square(sheet: Image.Image, x: int, y: int, edge: int, picture: Image.Image) -> None:
+    """Put a picture of at most that edge in the middle of a light square with round corners."""
+    backdrop = Image.new("RGB", (edge, edge), BACKDROP)
+    backdrop.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    sheet.paste(backdrop, (x, y), _rounded(edge))
 
 
 @lru_cache
@@ -82,16 +91,17 @@ def _rounded(edge: int) -> Image.Image:
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, of that many pixels."""
     return ImageFont.load_default(size=size)
 
 
-def _fit(text: str, size: int, width: float) -> str:
+def fit(text: str, size: int, width: float) -> str:
     """The text in letters that Pillow's own font has, cut with an ellipsis where it is too wide."""
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     text = "".join(c if (c.isascii() and c.isprintable()) or c in "·…" else "?" for c in letters)
-    if _font(size).getlength(text) <= width:
+    if font(size).getlength(text) <= width:
         return text
-    while text and _font(size).getlength(text + "…") > width:
+    while text and font(size).getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"

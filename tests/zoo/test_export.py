@@ -1,6 +1,7 @@
 """Exported files give what the models give, at sizes that they were not exported with."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from timm.layers import LayerScale
 from torch import nn
 from typer.testing import CliRunner
 
+import zoo
 from zoo.backbones.inline import convolve_each
 from zoo.cli import app
 from zoo.export import export
@@ -63,8 +65,8 @@ def check(run, model, sizes):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-def test_a_classifier_for_any_number_and_size_of_pictures(tmp_path):
-    model = lively(timm.create_model("test_van"))
+def test_a_classifier_for_any_number_and_size_of_pictures(tmp_path, quick):
+    model = lively(timm.create_model("test_van", depths=(1, 1, 1, 1)))
     export(model, tmp_path / "van.onnx", dynamic=True)
     runs = session(tmp_path / "van.onnx")
     check(lambda x: runs.run(None, {"pictures": x.numpy()})[0], model, SIZES)
@@ -84,10 +86,20 @@ def test_the_first_stage_of_each_other_family(name, tmp_path, quick):
 
 
 def test_a_classifier_for_one_size(tmp_path):
-    model = lively(timm.create_model("test_inline_pvt"))
+    model = lively(timm.create_model("test_inline_pvt", depths=(1, 1, 1, 1)))
     export(model, tmp_path / "model.onnx", (97, 143), 2)
     runs = session(tmp_path / "model.onnx")
     check(lambda x: runs.run(None, {"pictures": x.numpy()})[0], model, [(2, 97, 143)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_a_package_of_aotinductor(tmp_path):
+    model = lively(timm.create_model("test_van", features_only=True, out_indices=(0,)))
+    export(model, tmp_path / "model.pt2", dynamic=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    run = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    check(lambda x: run(x)[0], model, SIZES)
 
 
 def test_gated_linear_attention_in_plain_operators():
@@ -151,25 +163,46 @@ def test_the_command(tmp_path):
     assert result.exit_code == 2 and "A classifier has no --config" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "size", "batch", "dynamic"),
+    [(["--size", "64", "--batch-size", "3"], 64, 3, False), (["--dynamic"], 224, 1, True)],
+)
+def test_the_command_exports_what_it_is_told(options, size, batch, dynamic, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("zoo.export.export", lambda *args, **chosen: written.append((*args, chosen)))
+    for kind in ("Detector", "Segmenter"):
+        monkeypatch.setattr(f"zoo.export_cli.{kind}", lambda *args, kind=kind, **chosen: (kind, *args, chosen))
+    out, given = tmp_path / "model.onnx", {"config": Path("a.py"), "checkpoint": "a.pth", "device": "cpu"}
+    dense = ["--config", "a.py", "--checkpoint", "a.pth"]
+    for task, more in (("classify", []), ("detect", dense), ("segment", dense)):
+        result = CliRunner().invoke(app, ["export", "van_nano", str(out), "--task", task, *options, *more])
+        assert result.exit_code == 0 and result.stdout == f"Wrote {out}\n"
+    (classifier, *_), (detector, *_), (segmenter, *_) = written
+    assert isinstance(classifier, type(timm.create_model("van_nano")))
+    assert detector == ("Detector", "van_nano", {**given, "score": 0}) and segmenter == ("Segmenter", "van_nano", given)
+    assert [rest for _, *rest in written] == [[out, (size, size), batch, {"dynamic": dynamic}]] * 3
+
+
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
-BACKBONE = 'model["backbone"] = dict(_delete_=True, type="ZooBackbone", model_name="test_resnet")\n'
-CHANGES = {
+BACKBONE = 'model["backbone"] = dict(_delete_=True, type="ZooBackbone", model_name="test_resnet", strides=[4, 8])\n'
+CHANGES = {  # two levels, because each takes seconds to translate
     "detector": """
 model = dict(
-    neck=dict(in_channels=[32, 48, 192, 96], out_channels=8),
-    rpn_head=dict(in_channels=8, feat_channels=8),
+    neck=dict(in_channels=[32, 48], out_channels=8, num_outs=2),
+    rpn_head=dict(in_channels=8, feat_channels=8, anchor_generator=dict(strides=[4, 8])),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=8),
+        bbox_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=5),
         bbox_head=dict(in_channels=8, fc_out_channels=8),
-        mask_roi_extractor=dict(out_channels=8),
-        mask_head=dict(in_channels=8, conv_out_channels=8),
+        mask_roi_extractor=dict(out_channels=8, featmap_strides=[4, 8], finest_scale=5),
+        mask_head=dict(in_channels=8, conv_out_channels=8, num_convs=1),
     ),
-    test_cfg=dict(rcnn=dict(max_per_img=6)),
+    test_cfg=dict(rcnn=dict(max_per_img=60)),
 )
 """,
     "segmenter": """
 model = dict(
-    neck=dict(in_channels=[32, 48, 192, 96], out_channels=8), decode_head=dict(in_channels=[8] * 4, channels=8)
+    neck=dict(in_channels=[32, 48], out_channels=8, num_outs=2),
+    decode_head=dict(in_channels=[8] * 2, in_index=[0, 1], feature_strides=[4, 8], channels=8),
 )
 """,
 }
@@ -177,8 +210,6 @@ model = dict(
 
 def untrained(task, folder, monkeypatch):
     """A tiny detector or segmenter that is sure of something."""
-    import zoo
-
     config = folder / f"{task}.py"
     config.write_text(f'_base_ = "{QUICKSTART / f"{task}_van_nano.py"}"\n{CHANGES[task]}{BACKBONE}')
     torch.manual_seed(0)
@@ -188,8 +219,10 @@ def untrained(task, folder, monkeypatch):
     model = kind(config=config, checkpoint="none", device="cpu", **({"score": 0} if task == "detector" else {}))
     with torch.no_grad():
         for name, parameter in model.model.named_parameters():
-            if name.endswith(("fc_cls.weight", "conv_seg.weight", "conv_logits.weight")):
+            if name.endswith(("conv_seg.weight", "conv_logits.weight")):
                 parameter.mul_(40)
+            elif name.endswith("fc_cls.weight"):
+                parameter.mul_(8)  # boxes have more than one class
     return model
 
 
@@ -216,12 +249,18 @@ def test_detectors_and_segmenters_with_all_that_follows_the_network(task, tmp_pa
     model = untrained(task, tmp_path, monkeypatch)
     export(model, tmp_path / "model.onnx", dynamic=True)
     runs = session(tmp_path / "model.onnx")
+    edges = []  # of boxes
     for height, width in ((97, 160), (224, 130)):
         coarse = torch.rand(1, 3, 5, 7)
         picture = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1).mul(255).byte()
         expected = answers(model, task, picture[0])
         found = runs.run(None, {"pictures": picture.float().numpy()})
         assert len(found) == len(expected) and len(expected[-1]) > 0 and len(np.unique(expected[-1])) > 1
+        if task == "segmenter":
+            (both,) = runs.run(None, {"pictures": torch.cat([picture.flip(1), picture]).float().numpy()})
+            assert (both[1:] != found[0]).mean() < 1e-3 and (both[0] != both[1]).any()
+        else:
+            edges.extend((expected[0][:, 2:] - expected[0][:, :2]).prod(1) ** 0.5)
         for ours, theirs in zip(found, expected):
             assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
             if theirs.dtype == np.float32:
@@ -230,6 +269,7 @@ def test_detectors_and_segmenters_with_all_that_follows_the_network(task, tmp_pa
                 assert (ours != theirs).mean() < 1e-3
     assert len(json.loads(runs.get_modelmeta().custom_metadata_map["labels"])) == (40 if task == "detector" else 41)
     if task == "detector":
+        assert min(edges) < 10 < max(edges)  # features of both levels
         with pytest.raises(ValueError, match="one picture at a time, got a batch of 2"):
             export(model, tmp_path / "model.onnx", batch=2)
     else:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from zoo.classifier import Prediction, Result
-from zoo.sheet import ACCENT, GAP, LIMIT, MARGIN, THUMBNAIL, TILE, TITLE, _fit, _font, draw_sheet
+from zoo.sheet import ACCENT, GAP, LIMIT, MARGIN, THUMBNAIL, TILE, TITLE, draw_sheet, fit, font
 
 RED = (220, 20, 60)
 
@@ -65,11 +65,11 @@ def test_long_titles_and_names_stay_inside():
     long = "a name that is much too long for the width of a picture " * 3
     sheet = np.asarray(draw_sheet([result(name=long, source=long)], "title " * 30))
     assert (sheet[:, -MARGIN + 2 :] == 255).all()
-    fitted = _fit(long, 18, 200)
-    assert fitted.endswith("…") and 150 < _font(18).getlength(fitted) <= 200 and long.startswith(fitted[:-1])
-    assert _fit("short", 18, 200) == "short"
-    assert _fit("piñata Ω", 18, 200) == "pinata ?"
-    assert _fit("anything", 18, 0) == "…"
+    fitted = fit(long, 18, 200)
+    assert fitted.endswith("…") and 150 < font(18).getlength(fitted) <= 200 and long.startswith(fitted[:-1])
+    assert fit("short", 18, 200) == "short"
+    assert fit("piñata Ω", 18, 200) == "pinata ?"
+    assert fit("anything", 18, 0) == "…"
 
 
 def test_a_sheet_is_limited():

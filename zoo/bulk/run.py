@@ -15,7 +15,7 @@ from zoo.bulk.plan import Plan
 from zoo.bulk.ray_engine import run_ray
 from zoo.bulk.recipe import Recipe
 from zoo.bulk.shards import SHOWN, Shard, path_of, read_shards, schema_of
-from zoo.bulk.sources import ANY_URL, find_items
+from zoo.bulk.sources import ANY_URL, find_items, pyarrow_parquet
 from zoo.bulk.tasks import TASKS
 from zoo.files import write_bytes
 
@@ -99,10 +99,7 @@ def run(
     """
     if workers < 1 or shard_rows < 1:
         raise ValueError(f"workers and shard_rows must be at least 1, got {workers} and {shard_rows}.")
-    try:
-        result_type = TASKS[recipe.task].result_type()
-    except ImportError:
-        raise ImportError("Bulk inference needs pyarrow: pip install 'linear-vision-zoo[bulk]'.") from None
+    pyarrow_parquet()  # before the work
     out, place = Path(out), source
     if not ANY_URL.match(source):
         place = os.path.realpath(source)
@@ -126,7 +123,7 @@ def run(
         watcher.begin(summary)
         if not summary.missing:
             return summary
-        schema = schema_of(result_type, settings)
+        schema = schema_of(TASKS[recipe.task].result_type(), settings)
         for shard in compute(plan.chunks(shard_rows, numbers), workers, schema, watcher.advance):
             _write(out, shard)
             summary.add(shard)

@@ -6,7 +6,6 @@ import re
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
-from threading import Lock
 from typing import IO, Any, NamedTuple
 
 from zoo.images import URL, URL_MAX_BYTES, ImageError, RemoteImage, has_picture_suffix, walk_files
@@ -15,8 +14,6 @@ ANY_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 LISTS = (".txt", ".lst", ".list")
 ARCHIVES = (".tar", ".parquet")
 KEY, PATH = "key", "path"  # columns of Parquet with a meaning
-
-_one_group_at_a_time = Lock()  # threads that want the same row group read it once
 
 
 class Item(NamedTuple):
@@ -160,9 +157,8 @@ def _members(key: str, file: str) -> Iterator[Item]:
 
 
 def _rows(key: str, file: str, column: str | None, allow_urls: bool) -> Iterator[Item]:
-    parquet = _pyarrow_parquet()
     with _open(file) as stream:
-        table = _parquet_file(parquet, stream)
+        table = _parquet_file(stream)
         column, has_bytes = _picture_column(table.schema_arrow, key, column)
         names = [name for name in (KEY, None if has_bytes else column) if name in table.schema_arrow.names]
         number = 0
@@ -236,8 +232,7 @@ def _download(item: Item) -> bytes:
 
 
 def _cell(item: Item) -> bytes:
-    with _one_group_at_a_time:
-        value = _row_group(item.file, item.start, item.cells)[item.stop].as_py()
+    value = _row_group(item.file, item.start, item.cells)[item.stop].as_py()
     value = value["bytes"] if isinstance(value, dict) else value
     if value is None:
         raise ImageError(item.key, "is empty.")
@@ -247,10 +242,11 @@ def _cell(item: Item) -> bytes:
 @lru_cache(maxsize=1)
 def _row_group(file: str, group: int, column: str) -> Any:
     with _open(file) as stream:
-        return _parquet_file(_pyarrow_parquet(), stream).read_row_group(group, [column]).column(0)
+        return _parquet_file(stream).read_row_group(group, [column]).column(0)
 
 
-def _parquet_file(parquet: Any, stream: IO[bytes]) -> Any:
+def _parquet_file(stream: IO[bytes]) -> Any:
+    parquet = pyarrow_parquet()
     from pyarrow import ArrowException
 
     try:
@@ -259,7 +255,8 @@ def _parquet_file(parquet: Any, stream: IO[bytes]) -> Any:
         raise OSError(str(error)) from error
 
 
-def _pyarrow_parquet() -> Any:
+def pyarrow_parquet() -> Any:
+    """The module ``pyarrow.parquet``, or an ImportError that says what to install."""
     try:
         from pyarrow import parquet
     except ImportError:

@@ -99,9 +99,8 @@ class ClassifyTask(EmbedTask):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        next(
-            self.classifier.predict_all([], self.recipe.top_k), None
-        )  # a model without classes is refused before the work
+        # A model without classes is refused before the work.
+        next(self.classifier.predict_all([], recipe.top_k), None)
 
     @staticmethod
     def result_type() -> Any:

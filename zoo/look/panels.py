@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageOps
 from torch import Tensor
 
-from zoo.sheet import BACKDROP, BAR, CAPTION, GAP, INK, MARGIN, MUTED, TEXT, TITLE, _fit, _font, _rounded
+from zoo.sheet import BAR, CAPTION, GAP, INK, MARGIN, MUTED, TEXT, TITLE, columns_of, fit, font, paste_in_square
 
 EDGE = 320  # pixels of a panel's square
 PANEL = EDGE + 16 + CAPTION + 10 + TEXT + 14 + BAR + 8 + TEXT
@@ -74,13 +74,13 @@ def marked(picture: Image.Image, point: tuple[int, int], size: tuple[int, int]) 
 
 
 def draw_panels(title: str, panels: Sequence[Panel]) -> Image.Image:
-    """Draw panels in a grid of at most four columns, on white, with a title at the top."""
-    columns = min(len(panels), 4 if len(panels) <= 16 else 6)
+    """Draw panels in a grid, on white, with a title at the top."""
+    columns = columns_of(len(panels))
     rows = -(-len(panels) // columns)
     grid, top = columns * EDGE + (columns - 1) * GAP, MARGIN + TITLE + GAP
     sheet = Image.new("RGB", (2 * MARGIN + grid, top + rows * PANEL + (rows - 1) * GAP + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), _fit(title, TITLE, grid), INK, _font(TITLE))
+    draw.text((MARGIN, MARGIN), fit(title, TITLE, grid), INK, font(TITLE))
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         _draw_panel(sheet, draw, MARGIN + column * (EDGE + GAP), top + row * (PANEL + GAP), panel)
@@ -88,13 +88,11 @@ def draw_panels(title: str, panels: Sequence[Panel]) -> Image.Image:
 
 
 def _draw_panel(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, panel: Panel) -> None:
-    backdrop, picture = Image.new("RGB", (EDGE, EDGE), BACKDROP), panel.picture
-    backdrop.paste(picture, ((EDGE - picture.width) // 2, (EDGE - picture.height) // 2))
-    sheet.paste(backdrop, (x, y), _rounded(EDGE))
+    paste_in_square(sheet, x, y, EDGE, panel.picture)
     y += EDGE + 16
-    draw.text((x, y), _fit(panel.title, CAPTION, EDGE), INK, _font(CAPTION))
+    draw.text((x, y), fit(panel.title, CAPTION, EDGE), INK, font(CAPTION))
     y += CAPTION + 10
-    draw.text((x, y), _fit(panel.note, TEXT, EDGE), MUTED, _font(TEXT))
+    draw.text((x, y), fit(panel.note, TEXT, EDGE), MUTED, font(TEXT))
     if panel.ends is None:
         return
     y += TEXT + 14
@@ -102,9 +100,9 @@ def _draw_panel(sheet: Image.Image, draw: ImageDraw.ImageDraw, x: int, y: int, p
     scale = np.broadcast_to(np.linspace(-1 if low < 0 else 0, 1, EDGE), (BAR, EDGE))
     sheet.paste(Image.fromarray(_coloured(np.full((BAR, EDGE, 3), 228, np.float32), scale)), (x, y))
     y += BAR + 8
-    draw.text((x, y), f"{low:.3g}", MUTED, _font(TEXT))
+    draw.text((x, y), f"{low:.3g}", MUTED, font(TEXT))
     end = f"{high:.3g}"
-    draw.text((x + EDGE - _font(TEXT).getlength(end), y), end, MUTED, _font(TEXT))
+    draw.text((x + EDGE - font(TEXT).getlength(end), y), end, MUTED, font(TEXT))
 
 
 def _coloured(under: np.ndarray, shares: np.ndarray) -> np.ndarray:
